@@ -1,0 +1,294 @@
+"""The books: which conversation's KV is where, what is promised to running turns, what is free.
+
+Rules, kept by construction and checked by `check`:
+
+- ``held = resident + reserved`` never exceeds an engine's capacity, and nothing is ever negative.
+  Amounts are whole pages.
+- A conversation's KV is on one engine, its *home*, on the device (`resident`) or parked in the
+  home's host memory (`parked`), never both.
+- Only idle conversations are parked, the longest idle first, and only while the host tier has
+  room: parked KV is never dropped for another conversation's sake.
+- An engine cannot hold more than it has. When a turn turns out longer than reserved, room is made
+  by parking; what still does not fit was not kept by the engine either, and is not booked.
+
+A lost engine's books are thrown away whole: conversations find out when they look at their home.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from conserve_serving.core.errors import InvariantError
+from conserve_serving.core.growth import age_of
+from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
+from conserve_serving.core.types import ConversationId
+
+# Conversations too large for what is left of the host tier that `make_room` looks past.
+_PARK_SCAN = 32
+
+
+# --- running turns ---------------------------------------------------------------------------
+def start_turn(turn: TurnState, decoder: EngineState, *, need_tokens: int) -> None:
+    """Book a turn on its decoder: ``need_tokens`` beyond what is resident there already."""
+    conversation = turn.conversation
+    turn.decoder = decoder
+    turn.reserved = need_tokens
+    turn.context = decoder.pages(turn.prompt_tokens)
+    decoder.reserved_tokens += need_tokens
+    decoder.active_turns += 1
+    decoder.active_tokens += turn.context
+    decoder.placed_turns += 1
+    decoder.turns[turn.id] = turn
+    if conversation.home is not decoder:
+        _settle_home(conversation, decoder)
+    elif decoder.idle.pop(conversation.id, None) is not None:
+        decoder.idle_tokens -= conversation.resident
+    if conversation.parked:  # coming back to the device: part of ``need_tokens`` becomes resident
+        _unpark(conversation, turn)
+    conversation.active += 1
+
+
+def start_prefill(turn: TurnState, prefiller: EngineState, *, need_tokens: int) -> None:
+    """Book a turn's prompt on the prefiller until it has been handed over."""
+    turn.prefiller = prefiller
+    turn.prefill_reserved = need_tokens
+    prefiller.reserved_tokens += need_tokens
+    prefiller.placed_turns += 1
+    prefiller.turns[turn.id] = turn
+
+
+def add_backlog(engine: EngineState, turn: TurnState, tokens: int) -> None:
+    turn.backlog = tokens
+    engine.prefill_backlog_tokens += tokens
+
+
+def end_backlog(engine: EngineState | None, turn: TurnState) -> None:
+    """The prompt is prefilled, or nobody waits for it any more."""
+    if engine is not None:
+        engine.prefill_backlog_tokens -= turn.backlog
+    turn.backlog = 0
+
+
+def end_prefill(turn: TurnState) -> EngineState | None:
+    """Take the turn off its prefiller's books; returns the prefiller."""
+    prefiller = turn.prefiller
+    if prefiller is not None:
+        prefiller.reserved_tokens -= turn.prefill_reserved
+        prefiller.turns.pop(turn.id, None)
+    turn.prefill_reserved = 0
+    turn.prefiller = None
+    return prefiller
+
+
+def end_turn(turn: TurnState, *, context_tokens: int | None) -> list[ConversationState]:
+    """Take a turn off its decoder's books and book what its conversation has there now.
+
+    Args:
+        context_tokens: context after the turn; None when it did not finish, so that the
+            conversation keeps what it had.
+
+    Returns:
+        Conversations parked to make room for it.
+    """
+    decoder, conversation = turn.decoder, turn.conversation
+    if decoder is None:
+        raise InvariantError(f"turn {turn.id} ends on no engine")
+    decoder.reserved_tokens -= turn.reserved
+    decoder.active_turns -= 1
+    decoder.active_tokens -= turn.context
+    del decoder.turns[turn.id]
+    turn.reserved = 0
+    turn.decoder = None
+    conversation.active -= 1
+    parked: list[ConversationState] = []
+    if conversation.home is decoder and context_tokens is not None:
+        parked = _grow_resident(conversation, decoder, context_tokens, turn)
+    home = conversation.home
+    if conversation.active == 0 and home is not None:
+        if conversation.resident:
+            home.idle[conversation.id] = conversation
+            home.idle_tokens += conversation.resident
+        elif not conversation.parked:
+            leave_home(conversation)
+    return parked
+
+
+def _grow_resident(
+    conversation: ConversationState, home: EngineState, context_tokens: int, turn: TurnState
+) -> list[ConversationState]:
+    target = home.pages(context_tokens)
+    if conversation.active and turn.reusable_tokens is None:
+        target = max(target, conversation.resident)  # another turn of it may hold the longer one
+    parked: list[ConversationState] = []
+    extra = target - conversation.resident - home.free_tokens
+    if extra > 0:
+        parked = make_room(home, target - conversation.resident)
+        target = min(target, conversation.resident + home.free_tokens)
+    home.resident_tokens += target - conversation.resident
+    conversation.resident = target
+    return parked
+
+
+# --- homes and parking -----------------------------------------------------------------------
+def _settle_home(conversation: ConversationState, engine: EngineState) -> None:
+    leave_home(conversation)
+    conversation.home = engine
+    engine.ages[age_of(conversation.turns)] += 1
+
+
+def adopt(conversation: ConversationState, engine: EngineState, tokens: int) -> None:
+    """Book a conversation that is known to live on ``engine`` from before: what fits of it."""
+    _settle_home(conversation, engine)
+    resident = min(engine.pages(tokens), engine.free_tokens)
+    conversation.resident = resident
+    engine.resident_tokens += resident
+    engine.idle[conversation.id] = conversation
+    engine.idle_tokens += resident
+
+
+def leave_home(conversation: ConversationState) -> int:
+    """Strike a conversation off its home's books; returns the tokens it had there."""
+    home, tokens = conversation.home, conversation.context_tokens
+    if home is None:
+        return 0
+    home.ages[age_of(conversation.turns)] -= 1
+    if home.idle.pop(conversation.id, None) is not None:
+        home.idle_tokens -= conversation.resident
+    home.resident_tokens -= conversation.resident
+    if conversation.parked:
+        home.parked_tokens -= conversation.parked
+        home.parked_conversations -= 1
+    conversation.resident = conversation.parked = 0
+    conversation.home = None
+    return 0 if home.lost else tokens
+
+
+def grow_older(conversation: ConversationState) -> None:
+    """Count a finished turn."""
+    home = conversation.home
+    if home is not None:
+        home.ages[age_of(conversation.turns)] -= 1
+        home.ages[age_of(conversation.turns + 1)] += 1
+    conversation.turns += 1
+
+
+def make_room(
+    engine: EngineState, tokens: int, *, keep: ConversationState | None = None
+) -> list[ConversationState]:
+    """Park the longest-idle conversations until ``tokens`` are free, or nothing more can be parked.
+
+    Args:
+        engine: where room is needed.
+        tokens: how much is to be free.
+        keep: a conversation that must stay on the device.
+
+    Returns:
+        The conversations parked, each with its size in ``parked``.
+    """
+    parked: list[ConversationState] = []
+    host_free = engine.host_capacity_tokens - engine.parked_tokens
+    too_large = 0
+    for conversation in engine.idle.values():  # in the order they fell idle
+        if engine.free_tokens >= tokens or host_free <= 0 or too_large == _PARK_SCAN:
+            break
+        size = conversation.resident
+        if size > host_free or conversation is keep:
+            too_large += 1
+            continue
+        host_free -= size
+        parked.append(conversation)
+        engine.resident_tokens -= size
+        engine.idle_tokens -= size
+        engine.parked_tokens += size
+        engine.parked_conversations += 1
+        conversation.parked, conversation.resident = size, 0
+    for conversation in parked:
+        del engine.idle[conversation.id]
+    return parked
+
+
+def _unpark(conversation: ConversationState, turn: TurnState) -> None:
+    home = conversation.home
+    if home is None:
+        raise InvariantError(f"conversation {conversation.id} is parked nowhere")
+    size = conversation.parked
+    home.parked_tokens -= size
+    home.parked_conversations -= 1
+    home.reserved_tokens -= size
+    turn.reserved -= size
+    home.resident_tokens += size
+    conversation.resident, conversation.parked = size, 0
+
+
+# --- checks ----------------------------------------------------------------------------------
+def check(engine: EngineState) -> None:
+    """Raise ``InvariantError`` unless the engine's books add up. Walks over no conversations."""
+    amounts = (
+        engine.resident_tokens,
+        engine.reserved_tokens,
+        engine.parked_tokens,
+        engine.idle_tokens,
+        engine.active_tokens,
+        engine.active_turns,
+        engine.prefill_backlog_tokens,
+        *engine.ages,
+    )
+    if min(amounts) < 0:
+        raise InvariantError(f"engine {engine.id}: a negative amount in {amounts}")
+    if engine.held_tokens > engine.capacity_tokens:
+        raise InvariantError(
+            f"engine {engine.id}: holds {engine.held_tokens} of {engine.capacity_tokens} tokens"
+        )
+    if engine.parked_tokens > engine.host_capacity_tokens:
+        raise InvariantError(f"engine {engine.id}: parks more than its host tier has")
+    if engine.idle_tokens > engine.resident_tokens:
+        raise InvariantError(f"engine {engine.id}: more idle than resident")
+    if not engine.turns and (
+        engine.reserved_tokens or engine.active_turns or engine.prefill_backlog_tokens
+    ):
+        raise InvariantError(f"engine {engine.id}: something is booked for no turn")
+
+
+def recount(
+    engines: Iterable[EngineState],
+    conversations: Iterable[ConversationState],
+    turns: Iterable[TurnState],
+) -> None:
+    """Raise ``InvariantError`` unless every total equals the sum of its parts."""
+    resident: Counter[int] = Counter()
+    parked: Counter[int] = Counter()
+    idle: Counter[int] = Counter()
+    reserved: Counter[int] = Counter()
+    backlog: Counter[int] = Counter()
+    live: Counter[ConversationId] = Counter()
+    for conversation in conversations:
+        home = id(conversation.home)
+        resident[home] += conversation.resident
+        parked[home] += conversation.parked
+        if conversation.active == 0:
+            idle[home] += conversation.resident
+        if conversation.resident and conversation.parked:
+            raise InvariantError(f"conversation {conversation.id} is resident and parked")
+    for turn in turns:
+        live[turn.conversation.id] += 1
+        reserved[id(turn.decoder)] += turn.reserved
+        reserved[id(turn.prefiller)] += turn.prefill_reserved
+        backlog[id(turn.prefiller if turn.phase is Phase.PREFILL else turn.decoder)] += turn.backlog
+        if (turn.phase is Phase.WAITING) != (turn.decoder is None):
+            raise InvariantError(f"turn {turn.id} is {turn.phase.value} on {turn.decoder}")
+    for engine in engines:
+        key = id(engine)
+        booked = (
+            engine.resident_tokens,
+            engine.parked_tokens,
+            engine.idle_tokens,
+            engine.reserved_tokens,
+            engine.prefill_backlog_tokens,
+        )
+        counted = (resident[key], parked[key], idle[key], reserved[key], backlog[key])
+        if booked != counted:
+            raise InvariantError(f"engine {engine.id}: booked {booked}, counted {counted}")
+    for conversation_id, number in live.items():
+        if number < 0:
+            raise InvariantError(f"conversation {conversation_id} has {number} live turns")

@@ -1,0 +1,50 @@
+"""The ConServe policy: turn 1 where compute is plentiful, one hand-off, then one decoder.
+
+- **Decoder**: most free KV per second a decode step takes there now. Free KV is the paper's
+  signal; dividing by the engine's own step time, at the context it is reading, weighs active work
+  and unlike GPUs in the same number. Ties go by engine id.
+- **Prefiller**: the one that would be done first with what is already waiting on it.
+- **Short first turns** stay on their decoder: below the length at which prefilling would occupy
+  the decoder longer than a hand-off takes, both as measured, there is nothing to gain.
+"""
+
+from __future__ import annotations
+
+from conserve_serving.core.settings import SchedulerSettings
+from conserve_serving.core.types import Reason, Tier, TierMode
+from conserve_serving.core.views import EngineView, PrefillPlace, TurnView
+
+
+class ConServe:
+    """See the module's text; configured by ``tier_mode`` and ``handoff_min_tokens``."""
+
+    name = "conserve"
+    sticky = True
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self._prefill_tier_hosts = settings.tier_mode is TierMode.HOSTING
+        self._min_tokens = settings.handoff_min_tokens
+
+    def hosts(self, engine: EngineView) -> bool:
+        return self._prefill_tier_hosts or engine.tier is Tier.DECODE
+
+    def rank(self, engine: EngineView) -> float:
+        return -engine.free_tokens / engine.decode_step_s(engine.active_tokens)
+
+    def prefill_place(
+        self, turn: TurnView, decoder: EngineView, prefiller: EngineView | None
+    ) -> PrefillPlace:
+        if decoder.tier is Tier.PREFILL:
+            return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_COLLOCATED)
+        if prefiller is None:
+            return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_NO_PREFILLER)
+        shortest = self._min_tokens
+        if shortest is None:
+            worth = turn.prompt_tokens >= prefiller.handoff_break_even_tokens(
+                decoder.prefill_tokens_per_s
+            )
+        else:
+            worth = turn.prompt_tokens >= shortest
+        if not worth:
+            return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_SHORT)
+        return PrefillPlace(remote=True, reason=Reason.FIRST_TURN_HANDOFF)

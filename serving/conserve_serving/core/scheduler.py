@@ -1,0 +1,463 @@
+"""The scheduler: facts in, decisions out. All changes of scheduling state happen here.
+
+The life of a turn::
+
+    TurnArrived ──► WAITING ──Place──► PREFILL ──► HANDOFF ──► DECODE ──► CloseTurn(finished)
+                      │  ▲   (remote)     └────────────┴──────────┤
+                      │  └── a new plan: engine lost, retry ◄─────┘  TurnFailed, TurnAborted
+                      └──► Reject, CloseTurn(rejected)               ──► CloseTurn(failed | aborted)
+
+The rules:
+
+1. Every turn that arrives is closed exactly once, with one outcome. A turn that waits has an
+   event that wakes it and a time at which it is refused.
+2. A conversation is pinned to its home until it ends, its engine is lost or drains, or its home
+   has no room for it even after parking. Each move is counted with its reason.
+3. Room is reserved on decoder and prefiller together, before anything runs, so that neither can
+   wait for the other.
+4. Idle conversations are parked before anything is held, moved or refused.
+5. Tail turns go before new conversations; a turn that does not fit never blocks one that does.
+6. An event about an engine's former incarnation, a superseded plan or a closed turn is ignored,
+   and counted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from conserve_serving.core import ledger
+from conserve_serving.core.counters import Counters
+from conserve_serving.core.decisions import CloseTurn, Decision, Reject, WakeAt
+from conserve_serving.core.dispatch import Dispatcher
+from conserve_serving.core.events import (
+    ConversationEnded,
+    EngineDraining,
+    EngineJoined,
+    EngineLost,
+    EngineReported,
+    Event,
+    HandoffFinished,
+    PrefillFinished,
+    TimerFired,
+    TurnAborted,
+    TurnArrived,
+    TurnFailed,
+    TurnFinished,
+)
+from conserve_serving.core.settings import SchedulerSettings
+from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
+from conserve_serving.core.types import (
+    ConversationId,
+    EngineId,
+    Fallback,
+    Outcome,
+    Reason,
+    TransferReason,
+    TurnId,
+)
+from conserve_serving.core.views import Policy
+from conserve_serving.core.waiting import Pace
+
+# Closed turns remembered, so that a late or duplicated event cannot bring one back to life.
+_REMEMBER_CLOSED: Final = 65_536
+
+
+class Scheduler:
+    """Conversation-level scheduling. Synchronous, deterministic; time is an argument.
+
+    Args:
+        settings: behaviour that does not depend on the policy.
+        policy: chooses among engines.
+    """
+
+    def __init__(self, settings: SchedulerSettings, policy: Policy) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.counters = Counters()
+        self._do = Dispatcher(settings, policy, self.counters)
+        self._placer = self._do.placer
+        self._waiting = self._do.waiting
+        self._last_epoch: dict[EngineId, int] = {}
+        # In order of last activity, so that the conversation to expire next is the first.
+        self._conversations: OrderedDict[ConversationId, ConversationState] = OrderedDict()
+        self._turns: dict[TurnId, TurnState] = {}
+        self._closed: set[TurnId] = set()
+        self._closed_order: deque[TurnId] = deque()
+        self._wake_s: float | None = None
+        self._pace = Pace()
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            EngineJoined: self._on_engine_joined,
+            EngineReported: self._on_engine_reported,
+            EngineDraining: self._on_engine_draining,
+            EngineLost: self._on_engine_lost,
+            TurnArrived: self._on_turn_arrived,
+            PrefillFinished: self._on_prefill_finished,
+            HandoffFinished: self._on_handoff_finished,
+            TurnFinished: self._on_turn_finished,
+            TurnFailed: self._on_turn_failed,
+            TurnAborted: self._on_turn_aborted,
+            ConversationEnded: self._on_conversation_ended,
+            TimerFired: self._on_timer_fired,
+        }
+
+    # --- the one entrance --------------------------------------------------------------------
+    def handle(self, event: Event, *, now_s: float) -> list[Decision]:
+        """Take one fact in and return what is to be done about it.
+
+        Args:
+            event: any of ``core.events``.
+            now_s: the driver's clock, in seconds; a step back is treated as no time passed.
+
+        Returns:
+            Decisions, in the order they are to be carried out. A new list each time.
+        """
+        self._do.now_s = max(self._do.now_s, now_s)
+        self._do.out = []
+        self._handlers[type(event)](event)
+        self._do.wake()
+        self._set_alarm()
+        return self._do.out
+
+    # --- what can be looked at ---------------------------------------------------------------
+    @property
+    def engines(self) -> Mapping[EngineId, EngineState]:
+        """Engines that are alive, draining ones included. For reading."""
+        return self._placer.engines
+
+    @property
+    def open_conversations(self) -> int:
+        return len(self._conversations)
+
+    @property
+    def live_turns(self) -> int:
+        return len(self._turns)
+
+    @property
+    def waiting_turns(self) -> int:
+        return sum(1 for t in self._turns.values() if t.phase is Phase.WAITING)
+
+    def conversation(self, conversation: ConversationId) -> ConversationState | None:
+        """One open conversation. For reading."""
+        return self._conversations.get(conversation)
+
+    def check_invariants(self, *, recount: bool = False) -> None:
+        """Raise ``InvariantError`` unless the books add up.
+
+        Args:
+            recount: also add up every conversation and turn (linear in their number).
+        """
+        for engine in self._placer.engines.values():
+            ledger.check(engine)
+        if recount:
+            ledger.recount(
+                self._placer.engines.values(), self._conversations.values(), self._turns.values()
+            )
+
+    # --- engines -----------------------------------------------------------------------------
+    def _on_engine_joined(self, event: EngineJoined) -> None:
+        if event.epoch <= self._last_epoch.get(event.engine, -1):
+            self._ignore(event)
+            return
+        self._last_epoch[event.engine] = event.epoch
+        former = self._placer.engines.get(event.engine)
+        if former is not None:
+            self._lose(former)
+        engine = EngineState(event)
+        self._placer.add(engine)
+        self._do.free(engine)
+
+    def _on_engine_reported(self, event: EngineReported) -> None:
+        engine = self._current(event.engine, event.epoch)
+        if engine is None:
+            self._ignore(event)
+            return
+        engine.reported_held_tokens = event.kv_held_tokens
+        engine.running_requests = event.running_requests
+        engine.queued_requests = event.queued_requests
+        if event.steps is not None:
+            engine.speeds.observe(event.steps)
+            self._placer.touch(engine)
+
+    def _on_engine_draining(self, event: EngineDraining) -> None:
+        engine = self._current(event.engine, event.epoch)
+        if engine is None:
+            self._ignore(event)
+            return
+        engine.draining = True
+        self._placer.retire(engine)
+
+    def _on_engine_lost(self, event: EngineLost) -> None:
+        engine = self._current(event.engine, event.epoch)
+        if engine is None:
+            self._ignore(event)
+        else:
+            self._lose(engine)
+
+    def _lose(self, engine: EngineState) -> None:
+        engine.lost = True
+        self._placer.remove(engine)
+        for turn in list(engine.turns.values()):
+            if turn.decoder is engine:
+                followers = self._do.unplan(turn, context_tokens=None)
+                self._do.note_kv_lost(turn.conversation, TransferReason.ENGINE_LOST)
+                self._replan(turn)
+                self._dispatch_all(followers)
+            else:
+                self.counters.fallbacks[Fallback.PREFILLER_LOST] += 1
+                self._dispatch_all(self._do.change_prefiller(turn))
+        for turn in list(engine.waiting.values()):
+            self._waiting.remove(turn)
+            self._dispatch(turn)
+
+    # --- arrivals ----------------------------------------------------------------------------
+    def _on_turn_arrived(self, event: TurnArrived) -> None:
+        if event.turn in self._turns or event.turn in self._closed:
+            self._ignore(event)
+            return
+        conversation = self._conversations.get(event.conversation)
+        if conversation is None:
+            conversation = ConversationState(event.conversation, self._do.now_s)
+            self._conversations[event.conversation] = conversation
+            self._adopt(conversation, event)
+        conversation.ended = False
+        turn = TurnState(
+            event.turn,
+            conversation,
+            prompt_tokens=max(1, event.prompt_tokens),
+            reusable_tokens=event.reusable_tokens,
+            max_output_tokens=event.max_output_tokens,
+        )
+        conversation.live += 1
+        self._touch_conversation(conversation)
+        self._turns[turn.id] = turn
+        longest = self._placer.longest_context_tokens()
+        if longest is None:
+            self._reject(turn, Reason.NO_ENGINE)
+        elif turn.prompt_tokens >= longest:
+            self._reject(turn, Reason.PROMPT_TOO_LONG)
+        else:
+            self._dispatch(turn)
+
+    def _adopt(self, conversation: ConversationState, event: TurnArrived) -> None:
+        """Believe where the client says the conversation lived, if that engine still runs."""
+        hint = event.hint
+        if hint is None:
+            return
+        conversation.turns = max(0, hint.turns)
+        conversation.transfers = max(0, hint.transfers)
+        engine = self._current(hint.engine, hint.epoch)
+        if engine is None:
+            conversation.moved_because = TransferReason.ENGINE_LOST
+        elif self.policy.hosts(engine):
+            ledger.adopt(conversation, engine, max(0, hint.context_tokens))
+            self._placer.touch(engine)
+
+    def _dispatch(self, turn: TurnState) -> None:
+        refusal = self._do.dispatch(turn)
+        if refusal is not None:
+            self._reject(turn, refusal)
+
+    def _dispatch_all(self, turns: list[TurnState]) -> None:
+        for turn in turns:
+            if turn.phase is Phase.WAITING:
+                self._dispatch(turn)
+
+    # --- progress ----------------------------------------------------------------------------
+    def _on_prefill_finished(self, event: PrefillFinished) -> None:
+        turn = self._planned(event.turn, event.plan)
+        if turn is None:
+            self._ignore(event)
+            return
+        where = turn.prefiller if turn.phase is Phase.PREFILL else turn.decoder
+        ledger.end_backlog(where, turn)
+        if turn.phase is Phase.PREFILL:
+            turn.phase = Phase.HANDOFF
+        else:
+            turn.prefilled = True
+        if where is not None and not where.lost:
+            self._placer.touch(where)
+
+    def _on_handoff_finished(self, event: HandoffFinished) -> None:
+        turn = self._planned(event.turn, event.plan)
+        if turn is None or turn.phase not in (Phase.PREFILL, Phase.HANDOFF):
+            self._ignore(event)
+            return
+        conversation, decoder = turn.conversation, turn.decoder
+        if turn.phase is Phase.PREFILL:
+            ledger.end_backlog(turn.prefiller, turn)
+        prefiller = ledger.end_prefill(turn)
+        turn.phase = Phase.DECODE
+        if event.fallback is not None:
+            self.counters.fallbacks[event.fallback] += 1
+            turn.expected_cached_tokens = 0
+            if decoder is not None:
+                ledger.add_backlog(decoder, turn, turn.prompt_tokens)
+                self._placer.touch(decoder)
+        else:
+            turn.prefilled = True
+            conversation.transfers += 1
+            self.counters.transfers[turn.transfer or TransferReason.FIRST_TURN] += 1
+            self.counters.transferred_tokens += event.moved_tokens
+            if prefiller is not None:
+                prefiller.link.observe(event.moved_tokens, event.duration_s)
+        if prefiller is not None:
+            self._do.free(prefiller)
+        self._dispatch_all(self._do.opened(turn))
+
+    def _on_turn_finished(self, event: TurnFinished) -> None:
+        turn = self._planned(event.turn, event.plan)
+        if turn is None:
+            self._ignore(event)
+            return
+        conversation = turn.conversation
+        before = conversation.context_tokens
+        context = event.prompt_tokens + event.output_tokens
+        self._do.growth.observe_output(conversation.turns, event.output_tokens)
+        if conversation.turns and before:
+            self._do.growth.observe_growth(conversation.turns, context - before)
+        conversation.moved_because = None
+        self._count_shortfall(turn, event)
+        followers = self._do.unplan(turn, context_tokens=context)
+        ledger.grow_older(conversation)
+        self._pace.finished(self._do.now_s)
+        self._close(turn, Outcome.FINISHED)
+        self._dispatch_all(followers)
+
+    def _on_turn_failed(self, event: TurnFailed) -> None:
+        turn = self._planned(event.turn, event.plan)
+        if turn is None:
+            self._ignore(event)
+            return
+        kept = turn.prompt_tokens if turn.prefilled else None
+        followers = self._do.unplan(turn, context_tokens=kept)
+        self._do.note_kv_lost(turn.conversation, TransferReason.RETRY)
+        if not event.retryable:
+            self._close(turn, Outcome.FAILED)
+        else:
+            if turn.attempts >= 2 or turn.conversation.turns == 0:
+                turn.avoid = event.engine
+            self._replan(turn)
+        self._dispatch_all(followers)
+
+    def _on_turn_aborted(self, event: TurnAborted) -> None:
+        turn = self._turns.get(event.turn)
+        if turn is None:
+            self._ignore(event)
+            return
+        followers: list[TurnState] = []
+        if turn.phase is Phase.WAITING:
+            self._waiting.remove(turn)
+        else:
+            kept = turn.prompt_tokens if turn.prefilled else None
+            followers = self._do.unplan(turn, context_tokens=kept)
+        self._close(turn, Outcome.ABORTED)
+        self._dispatch_all(followers)
+
+    def _count_shortfall(self, turn: TurnState, event: TurnFinished) -> None:
+        """Context that should have been found cached and was not, beyond one page and one token."""
+        decoder = turn.decoder
+        if decoder is None:
+            return
+        expected = min(turn.expected_cached_tokens, event.prompt_tokens)
+        missing = expected - decoder.page_tokens - 1 - event.cached_tokens
+        if missing > 0:
+            self.counters.shortfall_turns += 1
+            self.counters.shortfall_tokens += missing
+
+    def _replan(self, turn: TurnState) -> None:
+        """Run a turn again whose plan came to nothing."""
+        if turn.attempts >= self.settings.max_attempts:
+            self._close(turn, Outcome.FAILED)
+        else:
+            self._dispatch(turn)
+
+    # --- endings -----------------------------------------------------------------------------
+    def _on_conversation_ended(self, event: ConversationEnded) -> None:
+        conversation = self._conversations.get(event.conversation)
+        if conversation is None:
+            self._ignore(event)
+            return
+        conversation.ended = True
+        if conversation.live == 0:
+            self._forget(conversation, Reason.CONVERSATION_ENDED)
+
+    def _close(self, turn: TurnState, outcome: Outcome) -> None:
+        conversation = turn.conversation
+        turn.phase = Phase.CLOSED
+        del self._turns[turn.id]
+        if len(self._closed_order) >= _REMEMBER_CLOSED:
+            self._closed.discard(self._closed_order.popleft())
+        self._closed.add(turn.id)
+        self._closed_order.append(turn.id)
+        self.counters.outcomes[outcome] += 1
+        self._do.out.append(CloseTurn(turn=turn.id, conversation=conversation.id, outcome=outcome))
+        conversation.live -= 1
+        self._touch_conversation(conversation)
+        if conversation.live == 0 and (
+            conversation.ended or (conversation.turns == 0 and conversation.home is None)
+        ):
+            self._forget(conversation, Reason.CONVERSATION_ENDED)
+
+    def _forget(self, conversation: ConversationState, reason: Reason) -> None:
+        self._do.release(conversation, reason)
+        self._conversations.pop(conversation.id, None)
+
+    # --- waiting -----------------------------------------------------------------------------
+    def _on_timer_fired(self, _: TimerFired) -> None:
+        self._wake_s = None
+        while (turn := self._waiting.overdue(self._do.now_s)) is not None:
+            self._waiting.remove(turn)
+            self._reject(turn, Reason.HELD_TOO_LONG)
+        limit_s = self._do.now_s - self.settings.idle_timeout_s
+        while self._conversations:
+            conversation = next(iter(self._conversations.values()))
+            if conversation.last_active_s > limit_s:
+                break
+            if conversation.live:
+                self._touch_conversation(conversation)
+            else:
+                self._forget(conversation, Reason.CONVERSATION_EXPIRED)
+
+    def _set_alarm(self) -> None:
+        due_s = self._waiting.next_deadline_s()
+        if self._conversations:
+            oldest = next(iter(self._conversations.values()))
+            expires_s = oldest.last_active_s + self.settings.idle_timeout_s
+            due_s = expires_s if due_s is None else min(due_s, expires_s)
+        if due_s is not None and (self._wake_s is None or due_s < self._wake_s):
+            self._wake_s = due_s
+            self._do.out.append(WakeAt(at_s=due_s))
+
+    def _reject(self, turn: TurnState, reason: Reason) -> None:
+        never = reason is Reason.PROMPT_TOO_LONG
+        self.counters.rejections[reason] += 1
+        self._do.out.append(
+            Reject(
+                turn=turn.id,
+                conversation=turn.conversation.id,
+                reason=reason,
+                retry_after_s=None if never else self._pace.time_for_s(1 + len(self._waiting)),
+            )
+        )
+        self._close(turn, Outcome.REJECTED)
+
+    # --- small things ------------------------------------------------------------------------
+    def _current(self, engine: EngineId, epoch: int) -> EngineState | None:
+        state = self._placer.engines.get(engine)
+        return state if state is not None and state.epoch == epoch else None
+
+    def _planned(self, turn_id: TurnId, plan: int) -> TurnState | None:
+        turn = self._turns.get(turn_id)
+        if turn is None or turn.plan != plan or turn.phase is Phase.WAITING:
+            return None
+        return turn
+
+    def _touch_conversation(self, conversation: ConversationState) -> None:
+        conversation.last_active_s = self._do.now_s
+        if conversation.id in self._conversations:
+            self._conversations.move_to_end(conversation.id)
+
+    def _ignore(self, event: Event) -> None:
+        self.counters.ignored_events[type(event).__name__] += 1

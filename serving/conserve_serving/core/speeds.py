@@ -1,0 +1,133 @@
+"""What an engine's own reports teach about its speed. Used in every cost comparison.
+
+A profile's figures are the starting point and count as a little evidence; reports outweigh them
+as they come in, and old reports fade, so that a throttled or a mis-described engine is found out.
+"""
+
+from __future__ import annotations
+
+from conserve_serving.core.events import StepTimes
+from conserve_serving.core.types import EngineSpeeds, Link
+
+# Share of the old evidence that survives one report with news.
+_KEEP = 0.9
+# How much the prior is worth: one large prompt, and a second or so of decode steps.
+_PRIOR_PREFILL_TOKENS = 8192.0
+_PRIOR_DECODE_STEPS = 64.0
+# Hand-offs and mixed steps are learned by a plain moving average of this weight.
+_ALPHA = 0.2
+
+
+class LearnedSpeeds:
+    """Prefill speed, decode step time and interference of one engine, learned online.
+
+    The decode step is a line over the KV tokens read in it (decode is bound by memory bandwidth),
+    fitted by least squares with forgetting; the slope stays at the prior until the reports have
+    seen batches that differ enough to tell it.
+    """
+
+    __slots__ = (
+        "_mixed",
+        "_n",
+        "_prefill_s",
+        "_prefill_tokens",
+        "_prior",
+        "_x",
+        "_xx",
+        "_xy",
+        "_y",
+    )
+
+    def __init__(self, prior: EngineSpeeds) -> None:
+        self._prior = prior
+        self._prefill_tokens = _PRIOR_PREFILL_TOKENS
+        self._prefill_s = _PRIOR_PREFILL_TOKENS / prior.prefill_tokens_per_s
+        self._n = _PRIOR_DECODE_STEPS
+        self._x = self._xx = self._xy = 0.0
+        self._y = _PRIOR_DECODE_STEPS * prior.decode_step_s
+        self._mixed = prior.mixed_slowdown
+
+    def observe(self, steps: StepTimes) -> None:
+        """Learn from one report's sums."""
+        if steps.prefill_tokens > 0 and steps.prefill_s > 0:
+            self._prefill_tokens = self._prefill_tokens * _KEEP + steps.prefill_tokens
+            self._prefill_s = self._prefill_s * _KEEP + steps.prefill_s
+        if steps.decode_steps > 0 and steps.decode_s > 0:
+            n = float(steps.decode_steps)
+            x, y = steps.decode_kv_tokens / n, steps.decode_s / n
+            self._n = self._n * _KEEP + n
+            self._x = self._x * _KEEP + n * x
+            self._y = self._y * _KEEP + n * y
+            self._xx = self._xx * _KEEP + n * x * x
+            self._xy = self._xy * _KEEP + n * x * y
+        if steps.mixed_steps > 0 and steps.mixed_s > 0:
+            mean_kv = steps.mixed_kv_tokens / steps.mixed_steps
+            parts_s = steps.mixed_steps * self.decode_step_s(mean_kv) + self.prefill_s(
+                steps.mixed_prefill_tokens
+            )
+            self._mixed += _ALPHA * (max(1.0, steps.mixed_s / parts_s) - self._mixed)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self._prefill_tokens / self._prefill_s
+
+    @property
+    def mixed_slowdown(self) -> float:
+        return self._mixed
+
+    def prefill_s(self, tokens: float) -> float:
+        """Seconds to prefill ``tokens`` uncached tokens with the engine to itself."""
+        return tokens * self._prefill_s / self._prefill_tokens
+
+    def decode_step_s(self, kv_tokens: float) -> float:
+        """Seconds of one decode step that reads ``kv_tokens`` of KV."""
+        base_s, slope = self._line()
+        return base_s + slope * kv_tokens
+
+    def snapshot(self) -> EngineSpeeds:
+        """What is believed now, in the form it was first given."""
+        base_s, slope = self._line()
+        return EngineSpeeds(
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            decode_step_s=base_s,
+            decode_step_s_per_kv_token=slope,
+            mixed_slowdown=self._mixed,
+        )
+
+    def _line(self) -> tuple[float, float]:
+        mean_x, mean_y = self._x / self._n, self._y / self._n
+        variance = self._xx / self._n - mean_x * mean_x
+        slope = self._prior.decode_step_s_per_kv_token
+        # A spread below a tenth of the mean says nothing about a slope.
+        if variance > (0.1 * mean_x) ** 2 and variance > 0:
+            slope = max(0.0, (self._xy / self._n - mean_x * mean_y) / variance)
+        # A step never costs less than a tenth of the mean observed one, whatever the line says.
+        return max(mean_y - slope * mean_x, 0.1 * mean_y), slope
+
+
+class LearnedLink:
+    """Time of a hand-off: the link's bandwidth as given, its set-up time learned from hand-offs."""
+
+    __slots__ = ("_per_token_s", "_setup_s")
+
+    def __init__(self, prior: Link) -> None:
+        self._setup_s = prior.setup_s
+        self._per_token_s = prior.kv_bytes_per_token / prior.bytes_per_s
+
+    def observe(self, tokens: int, duration_s: float) -> None:
+        """Learn from one hand-off, acknowledgement included."""
+        residual_s = max(0.0, duration_s - tokens * self._per_token_s)
+        self._setup_s += _ALPHA * (residual_s - self._setup_s)
+
+    def handoff_s(self, tokens: float) -> float:
+        """Seconds to hand ``tokens`` of KV over."""
+        return self._setup_s + tokens * self._per_token_s
+
+    def break_even_tokens(self, prefill_tokens_per_s: float) -> float:
+        """Length from which prefilling on the decoder would occupy it longer than a hand-off takes.
+
+        Solves ``L / prefill_tokens_per_s = setup_s + L * per_token_s`` for L; infinite when the
+        link is slower than the decoder's prefill.
+        """
+        gain_s = 1.0 / prefill_tokens_per_s - self._per_token_s
+        return self._setup_s / gain_s if gain_s > 0 else float("inf")

@@ -1,0 +1,261 @@
+"""A driver that does to the scheduler whatever a list of small numbers says, and keeps score."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from conserve_serving.core import Scheduler, SchedulerSettings, make_policy
+from conserve_serving.core.decisions import CloseTurn, Decision, Hold, Place, Reject, WakeAt
+from conserve_serving.core.events import (
+    ConversationEnded,
+    EngineDraining,
+    EngineJoined,
+    EngineLost,
+    EngineReported,
+    Event,
+    HandoffFinished,
+    PlacementHint,
+    PrefillFinished,
+    StepTimes,
+    TimerFired,
+    TurnAborted,
+    TurnArrived,
+    TurnFailed,
+    TurnFinished,
+)
+from conserve_serving.core.types import (
+    ConversationId,
+    EngineId,
+    EngineSpeeds,
+    Fallback,
+    Link,
+    Outcome,
+    Tier,
+    TierMode,
+    TransferReason,
+    TurnId,
+)
+
+SPEEDS = EngineSpeeds(
+    prefill_tokens_per_s=25_000.0, decode_step_s=0.014, decode_step_s_per_kv_token=1e-7
+)
+LINK = Link(setup_s=0.005, bytes_per_s=1e11, kv_bytes_per_token=114_688)
+
+
+def joined(
+    engine: str,
+    tier: Tier = Tier.DECODE,
+    *,
+    epoch: int = 1,
+    capacity: int = 100_000,
+    host: int = 0,
+    speeds: EngineSpeeds = SPEEDS,
+) -> EngineJoined:
+    """An engine joins, with figures like an A40's unless told otherwise."""
+    return EngineJoined(
+        engine=EngineId(engine),
+        epoch=epoch,
+        tier=tier,
+        kv_capacity_tokens=capacity,
+        host_capacity_tokens=host,
+        page_tokens=16,
+        max_context_tokens=1_000_000,
+        speeds=speeds,
+        link=LINK,
+    )
+
+
+class Chaos:
+    """Engines, conversations and turns in any state; every operation is legal at any time."""
+
+    def __init__(self, policy: str, *, tier_mode: TierMode = TierMode.DEDICATED) -> None:
+        settings = SchedulerSettings(
+            tier_mode=tier_mode, max_hold_s=20.0, idle_timeout_s=300.0, max_waiting_turns=6
+        )
+        self.scheduler = Scheduler(settings, make_policy(policy, settings))
+        self.sticky = self.scheduler.policy.sticky
+        self.now_s = 0.0
+        self.log: list[tuple[float, Event, list[Decision]]] = []
+        self.epochs: dict[str, int] = {}
+        self.alive: set[str] = set()
+        self.draining: set[str] = set()
+        self.plans: dict[TurnId, Place] = {}
+        self.stale: list[Event] = []
+        self.arrived: dict[TurnId, ConversationId] = {}
+        self.outcomes: dict[TurnId, Outcome] = {}
+        self.handed_over: set[TurnId] = set()
+        self.first_transfers: Counter[ConversationId] = Counter()
+        self.wake_s: float | None = None
+        self.holding: set[TurnId] = set()
+
+    # --- driving -----------------------------------------------------------------------------
+    def send(self, event: Event) -> list[Decision]:
+        decisions = self.scheduler.handle(event, now_s=self.now_s)
+        self.log.append((self.now_s, event, decisions))
+        for decision in decisions:
+            self.follow(decision)
+        self.scheduler.check_invariants(recount=True)
+        return decisions
+
+    def follow(self, decision: Decision) -> None:
+        if isinstance(decision, Place):
+            assert decision.turn in self.arrived
+            assert decision.turn not in self.outcomes
+            assert decision.decoder in self.alive
+            assert decision.prefiller is None or decision.prefiller in self.alive
+            assert (decision.prefiller is None) == (decision.transfer is None)
+            assert decision.prefiller != decision.decoder
+            self.plans[decision.turn] = decision
+            self.handed_over.discard(decision.turn)
+            self.holding.discard(decision.turn)
+        elif isinstance(decision, CloseTurn):
+            assert decision.turn not in self.outcomes, "a turn ended twice"
+            self.outcomes[decision.turn] = decision.outcome
+            self.plans.pop(decision.turn, None)
+            self.holding.discard(decision.turn)
+        elif isinstance(decision, Hold):
+            assert decision.until_s >= self.now_s
+            self.plans.pop(decision.turn, None)
+            self.holding.add(decision.turn)
+        elif isinstance(decision, Reject):
+            assert decision.retry_after_s is None or decision.retry_after_s > 0
+        elif isinstance(decision, WakeAt):
+            self.wake_s = decision.at_s
+
+    def step(self, kind: int, a: int, b: int) -> None:
+        """Do operation ``kind`` with two numbers to choose its objects by."""
+        engine = f"{'pd'[a % 4 > 0]}{a % 4}"
+        if kind == 0:
+            self.join(engine, b)
+        elif kind == 1 and engine in self.alive:
+            self.lose(engine)
+        elif kind == 2 and engine in self.alive:
+            self.draining.add(engine)
+            self.send(EngineDraining(engine=EngineId(engine), epoch=self.epochs[engine]))
+        elif kind == 3 and engine in self.alive:
+            self.report(engine, b)
+        elif kind == 4:
+            self.send(ConversationEnded(conversation=ConversationId(f"c{a % 8}")))
+        elif kind == 5:
+            self.now_s += b / 10
+            self.fire_timer()
+        elif kind == 6 and self.arrived:
+            self.abort(sorted(self.arrived)[a % len(self.arrived)])
+        elif kind == 7 and self.log:
+            self.send(self.log[-1 - a % min(len(self.log), 40)][1])  # again, late or twice
+        elif kind <= 11:
+            self.arrive(a, b)
+        elif self.plans:
+            self.progress(self.plans[sorted(self.plans)[a % len(self.plans)]], b)
+
+    def join(self, engine: str, b: int) -> None:
+        self.epochs[engine] = self.epochs.get(engine, 0) + 1
+        self.alive.add(engine)
+        self.draining.discard(engine)
+        self.send(
+            joined(
+                engine,
+                Tier.PREFILL if engine[0] == "p" else Tier.DECODE,
+                epoch=self.epochs[engine],
+                capacity=2_000 + 400 * b,
+                host=(b % 3) * 2_000,
+            )
+        )
+
+    def lose(self, engine: str) -> None:
+        self.alive.discard(engine)
+        self.send(EngineLost(engine=EngineId(engine), epoch=self.epochs[engine]))
+
+    def report(self, engine: str, b: int) -> None:
+        steps = StepTimes(
+            prefill_tokens=100 * b,
+            prefill_s=0.01 * b,
+            decode_steps=b,
+            decode_s=0.02 * b,
+            decode_kv_tokens=500 * b * b,
+            mixed_steps=b // 2,
+            mixed_s=0.03 * (b // 2),
+            mixed_kv_tokens=400 * b,
+            mixed_prefill_tokens=64 * b,
+        )
+        self.send(
+            EngineReported(
+                engine=EngineId(engine),
+                epoch=self.epochs[engine],
+                kv_held_tokens=b * 100,
+                steps=steps,
+            )
+        )
+
+    def arrive(self, a: int, b: int) -> None:
+        turn = TurnId(f"t{len(self.arrived):04d}")
+        conversation = ConversationId(f"c{a % 8}")
+        self.arrived[turn] = conversation
+        hint = None
+        if b % 7 == 0:
+            hint = PlacementHint(
+                engine=EngineId("d1"), epoch=b % 3, context_tokens=50 * b, turns=b % 4, transfers=1
+            )
+        self.send(
+            TurnArrived(
+                turn=turn,
+                conversation=conversation,
+                prompt_tokens=40 * b + a,
+                reusable_tokens=(None, 0, 10 * b)[b % 3],
+                max_output_tokens=(None, 5 * b)[a % 2],
+                hint=hint,
+            )
+        )
+
+    def progress(self, place: Place, b: int) -> None:
+        """The next thing that can happen to a placed turn, or any later one (events get lost)."""
+        turn, plan = place.turn, place.plan
+        if b % 10 == 0:
+            at = place.decoder
+            self.send(TurnFailed(turn=turn, plan=plan, engine=at, retryable=b % 20 == 0))
+        elif place.prefiller is not None and turn not in self.handed_over and b % 10 != 1:
+            if b % 2:
+                self.send(PrefillFinished(turn=turn, plan=plan, prompt_tokens=10 * b))
+            fallback = Fallback.ACK_LATE if b % 5 == 0 else None
+            self.handed_over.add(turn)
+            if fallback is None and place.transfer is TransferReason.FIRST_TURN:
+                self.first_transfers[place.conversation] += 1
+            self.send(
+                HandoffFinished(
+                    turn=turn, plan=plan, moved_tokens=10 * b, duration_s=0.01, fallback=fallback
+                )
+            )
+        else:
+            self.send(
+                TurnFinished(
+                    turn=turn,
+                    plan=plan,
+                    prompt_tokens=30 * b + 1,
+                    output_tokens=20 * b,
+                    cached_tokens=b,
+                )
+            )
+
+    def abort(self, turn: TurnId) -> None:
+        self.send(TurnAborted(turn=turn))
+
+    def fire_timer(self) -> None:
+        if self.wake_s is not None and self.wake_s <= self.now_s:
+            self.wake_s = None
+            self.send(TimerFired())
+
+    # --- the end -----------------------------------------------------------------------------
+    def settle(self) -> None:
+        """Let everything that runs finish, time out what waits, end every conversation."""
+        for _ in range(10_000):
+            if self.plans:
+                place = self.plans[min(self.plans)]
+                self.progress(place, 2 if place.turn not in self.handed_over else 3)
+            elif len(self.outcomes) < len(self.arrived):
+                assert self.wake_s is not None, "a turn waits and nothing will wake it"
+                self.now_s = max(self.now_s, self.wake_s)
+                self.fire_timer()
+            else:
+                break
+        for conversation in sorted(set(self.arrived.values())):
+            self.send(ConversationEnded(conversation=conversation))
