@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from chaos import Chaos
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chaos import Chaos
 
 from conserve_serving.core import Scheduler, make_policy
 from conserve_serving.core.journal import from_record, to_record

@@ -33,7 +33,10 @@ class Placer:
     def add(self, engine: EngineState) -> None:
         self.engines[engine.id] = engine
         self._measure_longest()
-        self.touch(engine)
+        if self._policy.hosts(engine):
+            self._hosts.put(engine.id, engine, self._policy.rank(engine))
+        if engine.tier is Tier.PREFILL:
+            self._prefillers.put(engine.id, engine, engine.prefill_backlog_s)
 
     def remove(self, engine: EngineState) -> None:
         del self.engines[engine.id]
@@ -46,12 +49,12 @@ class Placer:
         self._prefillers.drop(engine.id)
 
     def touch(self, engine: EngineState) -> None:
-        """The engine's books changed: rank it anew."""
-        if engine.lost or engine.draining:
+        """The engine's books changed: rank it anew, if it is offered anything at all."""
+        if engine.lost:
             return
-        if self._policy.hosts(engine):
+        if engine.id in self._hosts:
             self._hosts.put(engine.id, engine, self._policy.rank(engine))
-        if engine.tier is Tier.PREFILL:
+        if engine.id in self._prefillers:
             self._prefillers.put(engine.id, engine, engine.prefill_backlog_s)
 
     @property

@@ -28,6 +28,9 @@ class Ranking(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, engine: EngineId) -> bool:
+        return engine in self._keys
+
     def __iter__(self) -> Iterator[T]:
         """Smallest first. The ranking must not change while it is walked."""
         items = self._items

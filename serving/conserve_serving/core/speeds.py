@@ -27,11 +27,13 @@ class LearnedSpeeds:
     """
 
     __slots__ = (
+        "_base_s",
         "_mixed",
         "_n",
         "_prefill_s",
         "_prefill_tokens",
         "_prior",
+        "_slope_s",
         "_x",
         "_xx",
         "_xy",
@@ -46,6 +48,7 @@ class LearnedSpeeds:
         self._x = self._xx = self._xy = 0.0
         self._y = _PRIOR_DECODE_STEPS * prior.decode_step_s
         self._mixed = prior.mixed_slowdown
+        self._base_s, self._slope_s = self._fit()
 
     def observe(self, steps: StepTimes) -> None:
         """Learn from one report's sums."""
@@ -60,6 +63,7 @@ class LearnedSpeeds:
             self._y = self._y * _KEEP + n * y
             self._xx = self._xx * _KEEP + n * x * x
             self._xy = self._xy * _KEEP + n * x * y
+            self._base_s, self._slope_s = self._fit()
         if steps.mixed_steps > 0 and steps.mixed_s > 0:
             mean_kv = steps.mixed_kv_tokens / steps.mixed_steps
             parts_s = steps.mixed_steps * self.decode_step_s(mean_kv) + self.prefill_s(
@@ -81,20 +85,18 @@ class LearnedSpeeds:
 
     def decode_step_s(self, kv_tokens: float) -> float:
         """Seconds of one decode step that reads ``kv_tokens`` of KV."""
-        base_s, slope = self._line()
-        return base_s + slope * kv_tokens
+        return self._base_s + self._slope_s * kv_tokens
 
     def snapshot(self) -> EngineSpeeds:
         """What is believed now, in the form it was first given."""
-        base_s, slope = self._line()
         return EngineSpeeds(
             prefill_tokens_per_s=self.prefill_tokens_per_s,
-            decode_step_s=base_s,
-            decode_step_s_per_kv_token=slope,
+            decode_step_s=self._base_s,
+            decode_step_s_per_kv_token=self._slope_s,
             mixed_slowdown=self._mixed,
         )
 
-    def _line(self) -> tuple[float, float]:
+    def _fit(self) -> tuple[float, float]:
         mean_x, mean_y = self._x / self._n, self._y / self._n
         variance = self._xx / self._n - mean_x * mean_x
         slope = self._prior.decode_step_s_per_kv_token

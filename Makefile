@@ -1,0 +1,53 @@
+# make demo   set up and watch the main job; make test   set up and run the tests.
+# Needs python3 (3.11 or newer), git and make. Everything else is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow check lint types contracts bench clean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+	@echo "also: make check (lint, types, import contracts, tests), make bench, make test-slow, make clean"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ConServe needs Python 3.11 or newer; found $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install your system's python3-venv package"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute or two the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(READY)
+
+demo: setup
+	@$(BIN)/conserve demo
+
+test: setup
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup
+	@$(BIN)/mypy
+
+contracts: setup
+	@$(BIN)/lint-imports --no-cache
+
+check: lint types contracts test
+
+bench: setup
+	@$(BIN)/python benchmarks/scheduler_core/run.py
+	@$(BIN)/python benchmarks/gateway_overhead/run.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis out
