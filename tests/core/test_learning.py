@@ -31,11 +31,12 @@ def test_the_prior_holds_until_something_is_reported() -> None:
     assert speeds.prefill_s(10_000) == pytest.approx(1.0)
 
 
-def test_prefill_speed_follows_the_reports() -> None:
+@pytest.mark.parametrize("true_tokens_per_s", [2_500, 5_000, 20_000, 50_000])
+def test_prefill_speed_follows_the_reports(true_tokens_per_s: int) -> None:
     speeds = LearnedSpeeds(PRIOR)
     for _ in range(40):
-        speeds.observe(StepTimes(prefill_tokens=20_000, prefill_s=1.0))
-    assert speeds.prefill_tokens_per_s == pytest.approx(20_000, rel=0.02)
+        speeds.observe(StepTimes(prefill_tokens=20_000, prefill_s=20_000 / true_tokens_per_s))
+    assert speeds.prefill_tokens_per_s == pytest.approx(true_tokens_per_s, rel=0.03)
 
 
 def test_the_decode_line_is_found_from_batches_that_differ() -> None:
@@ -98,12 +99,12 @@ def test_no_report_makes_a_speed_absurd(reports: list[StepTimes]) -> None:
         assert speeds.decode_step_s(kv) > 0
 
 
-def test_break_even_is_where_both_ways_take_the_same_time() -> None:
-    link = LearnedLink(Link(setup_s=0.005, bytes_per_s=1e11, kv_bytes_per_token=100_000))
-    tokens = link.break_even_tokens(25_000.0)
-    assert tokens / 25_000.0 == pytest.approx(link.handoff_s(tokens))
-    slow = LearnedLink(Link(setup_s=0.0, bytes_per_s=1e9, kv_bytes_per_token=100_000))
-    assert slow.break_even_tokens(25_000.0) == float("inf")
+def test_short_appends_teach_the_cost_of_a_turn_not_of_a_token() -> None:
+    speeds = LearnedSpeeds(PRIOR)
+    for _ in range(60):
+        speeds.observe(StepTimes(prefill_tokens=20 * 67, prefill_s=20 * 0.015), prefilled_turns=20)
+    assert speeds.prefill_s(67) == pytest.approx(0.015, rel=0.1)
+    assert speeds.prefill_tokens_per_s == pytest.approx(PRIOR.prefill_tokens_per_s, rel=0.1)
 
 
 def test_set_up_time_is_learned_from_hand_offs() -> None:

@@ -65,8 +65,9 @@ def add_backlog(engine: EngineState, turn: TurnState, tokens: int) -> None:
 
 def end_backlog(engine: EngineState | None, turn: TurnState) -> None:
     """The prompt is prefilled, or nobody waits for it any more."""
-    if engine is not None:
+    if engine is not None and turn.backlog:
         engine.prefill_backlog_tokens -= turn.backlog
+        engine.prefilled_turns += 1
     turn.backlog = 0
 
 

@@ -177,7 +177,8 @@ class Scheduler:
         engine.running_requests = event.running_requests
         engine.queued_requests = event.queued_requests
         if event.steps is not None:
-            engine.speeds.observe(event.steps)
+            engine.speeds.observe(event.steps, prefilled_turns=engine.prefilled_turns)
+            engine.prefilled_turns = 0
             self._placer.touch(engine)
 
     def _on_engine_draining(self, event: EngineDraining) -> None:

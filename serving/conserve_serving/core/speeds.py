@@ -11,9 +11,12 @@ from conserve_serving.core.types import EngineSpeeds, Link
 
 # Share of the old evidence that survives one report with news.
 _KEEP = 0.9
-# How much the prior is worth: one large prompt, and a second or so of decode steps.
-_PRIOR_PREFILL_TOKENS = 8192.0
+# How much the prior is worth against decode reports: a second or so of steps.
 _PRIOR_DECODE_STEPS = 64.0
+# ... and against prefill reports: one long prompt.
+_PRIOR_PREFILL_TOKENS = 8192.0
+# Prompts from this length on say what a token costs, shorter ones what a turn costs.
+_LONG_PROMPT_TOKENS = 1024
 # Hand-offs and mixed steps are learned by a plain moving average of this weight.
 _ALPHA = 0.2
 
@@ -21,19 +24,22 @@ _ALPHA = 0.2
 class LearnedSpeeds:
     """Prefill speed, decode step time and interference of one engine, learned online.
 
-    The decode step is a line over the KV tokens read in it (decode is bound by memory bandwidth),
-    fitted by least squares with forgetting; the slope stays at the prior until the reports have
-    seen batches that differ enough to tell it.
+    Prefill is a cost for each turn plus a cost for each uncached token: a turn that appends 67
+    tokens takes a whole step, which says little about 15,000, so long prompts teach the one and
+    short ones the other. Decode is a line over the KV tokens a step reads (it is bound by memory
+    bandwidth), fitted by least squares with forgetting; its slope stays at the prior until the
+    reports have seen batches that differ enough to tell it.
     """
 
     __slots__ = (
         "_base_s",
         "_mixed",
         "_n",
-        "_prefill_s",
-        "_prefill_tokens",
         "_prior",
         "_slope_s",
+        "_tokens",
+        "_tokens_s",
+        "_turn_s",
         "_x",
         "_xx",
         "_xy",
@@ -42,19 +48,26 @@ class LearnedSpeeds:
 
     def __init__(self, prior: EngineSpeeds) -> None:
         self._prior = prior
-        self._prefill_tokens = _PRIOR_PREFILL_TOKENS
-        self._prefill_s = _PRIOR_PREFILL_TOKENS / prior.prefill_tokens_per_s
+        self._tokens = _PRIOR_PREFILL_TOKENS
+        self._tokens_s = _PRIOR_PREFILL_TOKENS / prior.prefill_tokens_per_s
+        self._turn_s = 0.0
         self._n = _PRIOR_DECODE_STEPS
         self._x = self._xx = self._xy = 0.0
         self._y = _PRIOR_DECODE_STEPS * prior.decode_step_s
         self._mixed = prior.mixed_slowdown
-        self._base_s, self._slope_s = self._fit()
+        self._base_s, self._slope_s = self._fit_decode()
 
-    def observe(self, steps: StepTimes) -> None:
-        """Learn from one report's sums."""
+    def observe(self, steps: StepTimes, *, prefilled_turns: int = 1) -> None:
+        """Learn from one report's sums.
+
+        Args:
+            steps: what the engine did since its previous report.
+            prefilled_turns: turns whose prompts it finished since then.
+        """
+        tokens = steps.prefill_tokens + steps.mixed_prefill_tokens
+        turns = max(1, prefilled_turns) / tokens if tokens else 0.0
         if steps.prefill_tokens > 0 and steps.prefill_s > 0:
-            self._prefill_tokens = self._prefill_tokens * _KEEP + steps.prefill_tokens
-            self._prefill_s = self._prefill_s * _KEEP + steps.prefill_s
+            self._observe_prefill(turns * steps.prefill_tokens, steps)
         if steps.decode_steps > 0 and steps.decode_s > 0:
             n = float(steps.decode_steps)
             x, y = steps.decode_kv_tokens / n, steps.decode_s / n
@@ -63,25 +76,44 @@ class LearnedSpeeds:
             self._y = self._y * _KEEP + n * y
             self._xx = self._xx * _KEEP + n * x * x
             self._xy = self._xy * _KEEP + n * x * y
-            self._base_s, self._slope_s = self._fit()
+            self._base_s, self._slope_s = self._fit_decode()
         if steps.mixed_steps > 0 and steps.mixed_s > 0:
             mean_kv = steps.mixed_kv_tokens / steps.mixed_steps
-            parts_s = steps.mixed_steps * self.decode_step_s(mean_kv) + self.prefill_s(
-                steps.mixed_prefill_tokens
+            parts_s = steps.mixed_steps * self.decode_step_s(mean_kv) + self._prefill_s(
+                turns * steps.mixed_prefill_tokens, steps.mixed_prefill_tokens
             )
             self._mixed += _ALPHA * (max(1.0, steps.mixed_s / parts_s) - self._mixed)
 
+    def _observe_prefill(self, turns: float, steps: StepTimes) -> None:
+        tokens, seconds = steps.prefill_tokens, steps.prefill_s
+        if tokens < _LONG_PROMPT_TOKENS * turns:
+            rest_s = max(0.0, seconds - tokens * self.token_s) / turns
+            self._turn_s += _ALPHA * (rest_s - self._turn_s)
+        else:
+            self._tokens = self._tokens * _KEEP + tokens
+            self._tokens_s = self._tokens_s * _KEEP + max(seconds - turns * self._turn_s, 0.0)
+
+    @property
+    def token_s(self) -> float:
+        """Seconds each uncached token of a long prompt takes."""
+        return self._tokens_s / self._tokens
+
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self._prefill_tokens / self._prefill_s
+        """Uncached tokens per second within a long prompt."""
+        return self._tokens / self._tokens_s
 
     @property
     def mixed_slowdown(self) -> float:
+        """Step time with prefill in the step over the sum of its parts."""
         return self._mixed
 
     def prefill_s(self, tokens: float) -> float:
-        """Seconds to prefill ``tokens`` uncached tokens with the engine to itself."""
-        return tokens * self._prefill_s / self._prefill_tokens
+        """Seconds to prefill a turn of ``tokens`` uncached tokens with the engine to itself."""
+        return self._prefill_s(1.0, tokens) if tokens else 0.0
+
+    def _prefill_s(self, turns: float, tokens: float) -> float:
+        return turns * self._turn_s + tokens * self.token_s
 
     def decode_step_s(self, kv_tokens: float) -> float:
         """Seconds of one decode step that reads ``kv_tokens`` of KV."""
@@ -96,7 +128,7 @@ class LearnedSpeeds:
             mixed_slowdown=self._mixed,
         )
 
-    def _fit(self) -> tuple[float, float]:
+    def _fit_decode(self) -> tuple[float, float]:
         mean_x, mean_y = self._x / self._n, self._y / self._n
         variance = self._xx / self._n - mean_x * mean_x
         slope = self._prior.decode_step_s_per_kv_token
@@ -124,12 +156,3 @@ class LearnedLink:
     def handoff_s(self, tokens: float) -> float:
         """Seconds to hand ``tokens`` of KV over."""
         return self._setup_s + tokens * self._per_token_s
-
-    def break_even_tokens(self, prefill_tokens_per_s: float) -> float:
-        """Length from which prefilling on the decoder would occupy it longer than a hand-off takes.
-
-        Solves ``L / prefill_tokens_per_s = setup_s + L * per_token_s`` for L; infinite when the
-        link is slower than the decoder's prefill.
-        """
-        gain_s = 1.0 / prefill_tokens_per_s - self._per_token_s
-        return self._setup_s / gain_s if gain_s > 0 else float("inf")

@@ -146,6 +146,7 @@ class EngineState:
         "parked_tokens",
         "placed_turns",
         "prefill_backlog_tokens",
+        "prefilled_turns",
         "queued_requests",
         "reported_held_tokens",
         "reserved_tokens",
@@ -177,6 +178,7 @@ class EngineState:
         self.active_tokens = 0
         self.active_turns = 0
         self.placed_turns = 0
+        self.prefilled_turns = 0  # since the last report
         self.prefill_backlog_tokens = 0
         self.turns: dict[TurnId, TurnState] = {}
         self.waiting: OrderedDict[TurnId, TurnState] = OrderedDict()
@@ -217,14 +219,14 @@ class EngineState:
     def mixed_slowdown(self) -> float:
         return self.speeds.mixed_slowdown
 
+    def prefill_s(self, tokens: float) -> float:
+        return self.speeds.prefill_s(tokens)
+
     def decode_step_s(self, kv_tokens: float) -> float:
         return self.speeds.decode_step_s(kv_tokens)
 
     def handoff_s(self, tokens: float) -> float:
         return self.link.handoff_s(tokens)
-
-    def handoff_break_even_tokens(self, prefill_tokens_per_s: float) -> float:
-        return self.link.break_even_tokens(prefill_tokens_per_s)
 
     def pages(self, tokens: float) -> int:
         """``tokens`` rounded up to whole pages."""

@@ -4,8 +4,9 @@
   signal; dividing by the engine's own step time, at the context it is reading, weighs active work
   and unlike GPUs in the same number. Ties go by engine id.
 - **Prefiller**: the one that would be done first with what is already waiting on it.
-- **Short first turns** stay on their decoder: below the length at which prefilling would occupy
-  the decoder longer than a hand-off takes, both as measured, there is nothing to gain.
+- **Short first turns** stay on their decoder: while prefilling would occupy it for less time than
+  a hand-off takes, both as measured and interference with its running turns included, there is
+  nothing to gain.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ class ConServe:
             return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_COLLOCATED)
         if prefiller is None:
             return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_NO_PREFILLER)
-        shortest = self._min_tokens
-        if shortest is None:
-            worth = turn.prompt_tokens >= prefiller.handoff_break_even_tokens(
-                decoder.prefill_tokens_per_s
-            )
+        tokens = turn.prompt_tokens
+        if self._min_tokens is None:
+            local_s = decoder.prefill_s(tokens)
+            if decoder.active_turns:  # its neighbours' steps would slow down, as measured
+                local_s *= decoder.mixed_slowdown
+            worth = local_s >= prefiller.handoff_s(tokens)
         else:
-            worth = turn.prompt_tokens >= shortest
+            worth = tokens >= self._min_tokens
         if not worth:
             return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_SHORT)
         return PrefillPlace(remote=True, reason=Reason.FIRST_TURN_HANDOFF)
