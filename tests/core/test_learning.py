@@ -123,9 +123,23 @@ def test_growth_is_learned_by_age() -> None:
         growth.observe_output(1, 40)
     ages = [0] * AGES
     ages[age_of(1)], ages[age_of(9)] = 3, 2
-    assert growth.headroom_tokens(ages) == pytest.approx(3 * 100 + 2 * 5_000)
+    # As many turns again as it has: one at turn 1, eight from turn 8 on.
+    assert growth.headroom_tokens(ages) == pytest.approx(3 * 100 + 2 * 8 * 5_000)
     assert growth.output_tokens(1) == pytest.approx(40)
     assert growth.output_tokens(50) == 256
+
+
+def test_conversations_seen_to_end_need_less_room() -> None:
+    growth = GrowthModel(256)
+    ages = [0] * AGES
+    ages[age_of(4)] = 1
+    growth.observe_growth(4, 1_000)
+    assert growth.headroom_tokens(ages) == pytest.approx(4_000)
+    growth.observe_end(4)
+    assert growth.headroom_tokens(ages) == pytest.approx(1_000 * (0.5 + 0.25 + 0.125 + 0.0625))
+    for _ in range(64 * 12):
+        growth.observe_end(5)
+    assert growth.headroom_tokens(ages) < 1.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.one_of(st.none(), st.integers(-5, 5)))))

@@ -210,11 +210,34 @@ def test_a_conversation_whose_home_is_full_moves_with_a_reason() -> None:
     world.handed_over(leaves)
     world.finish(leaves, 1_000)
     world.end(leaves.conversation)
-    moved = world.arrive("t-a2", "a", 18_000)
+    waits = world.arrive("t-a2", "a", 18_000)
+    assert one(waits, Hold).reason is Reason.HELD_NO_ROOM
+    # It waits for as long as moving would take, and then moves.
+    world.now_s = one(waits, WakeAt).at_s
+    assert 18_000 / 25_000 < world.now_s < 1.0
+    moved = world.send(TimerFired())
     place = one(moved, Place)
     assert place.decoder != home
     assert (place.reason, place.transfer) == (Reason.REPLACED_NO_ROOM, TransferReason.NO_ROOM)
     assert one(moved, Release).reason is Reason.CONVERSATION_MOVED
+
+
+def test_conversations_that_wait_for_each_other_do_not_wait_for_ever() -> None:
+    world = World(headroom=0.0)
+    world.cluster("d0", capacity=32_000)
+    for name in "abc":
+        world.first_turn(f"t-{name}", name, 10_400)
+    held = [world.arrive(f"t-{name}2", name, 11_000) for name in "abc"]
+    assert all(one(decisions, Hold) for decisions in held)
+    world.now_s = one(held[0], WakeAt).at_s
+    freed = world.send(TimerFired())
+    release = one(freed, Release)
+    assert (release.conversation, release.reason) == ("a", Reason.CONVERSATION_MOVED)
+    places = [d for d in freed if isinstance(d, Place)]
+    assert [p.turn for p in places] == ["t-b2", "t-c2"]
+    world.finish(places[0], 11_000)
+    again = one(world.end(places[0].conversation), Place)
+    assert (again.turn, again.transfer) == ("t-a2", TransferReason.NO_ROOM)
 
 
 # --- waiting and refusing -----------------------------------------------------------------------

@@ -83,6 +83,12 @@ class Dispatcher:
             if not self._freed:
                 break
 
+    def recheck(self) -> None:
+        """Try the turns again whose patience has ended by now."""
+        for turn in self.waiting.due_rechecks(self.now_s):
+            if self._try_place(turn):
+                self.waiting.remove(turn)
+
     def change_prefiller(self, turn: TurnState) -> list[TurnState]:
         """The prefiller of a placed turn is gone: take another, or let the decoder prefill.
 
@@ -192,12 +198,34 @@ class Dispatcher:
         elif self._place_at_home(turn, home):
             return True
         else:
+            if not self._out_of_patience(turn, home):
+                return False
             cause = TransferReason.NO_ROOM
         # Only a conversation at a turn boundary moves: never under a turn that is running.
         if conversation.active == 0 and self._place_anew(turn, home, cause):
             return True
-        # Nowhere better: a draining engine, or one that failed once, is still the home.
-        return cause is not TransferReason.NO_ROOM and self._place_at_home(turn, home)
+        if cause is not TransferReason.NO_ROOM:
+            # Nowhere better: a draining engine, or one that failed once, is still the home.
+            return self._place_at_home(turn, home)
+        if conversation.active == 0 and home.active_turns == 0:
+            # Nothing runs there, so nothing will make room: of those that wait for each other,
+            # the one that has waited longest gives its KV up.
+            self.release(conversation, Reason.CONVERSATION_MOVED)
+            conversation.moved_because = cause
+        return False
+
+    def _out_of_patience(self, turn: TurnState, home: EngineState) -> bool:
+        """Whether waiting for room at home has cost as much as the move would.
+
+        Waiting as long as the alternative costs, and only then taking it, never costs more than
+        twice what the better choice would have: without knowing when room will appear.
+        """
+        if turn.patient_until_s is None:
+            tokens = turn.prompt_tokens
+            move_s = home.prefill_s(tokens) + home.handoff_s(tokens)
+            turn.patient_until_s = self.now_s + move_s
+            self.waiting.recheck(turn, turn.patient_until_s)
+        return self.now_s >= turn.patient_until_s
 
     def _place_at_home(self, turn: TurnState, home: EngineState) -> bool:
         conversation = turn.conversation

@@ -402,6 +402,8 @@ class Scheduler:
             self._forget(conversation, Reason.CONVERSATION_ENDED)
 
     def _forget(self, conversation: ConversationState, reason: Reason) -> None:
+        if conversation.turns:
+            self._do.growth.observe_end(conversation.turns)
         self._do.release(conversation, reason)
         self._conversations.pop(conversation.id, None)
 
@@ -411,6 +413,7 @@ class Scheduler:
         while (turn := self._waiting.overdue(self._do.now_s)) is not None:
             self._waiting.remove(turn)
             self._reject(turn, Reason.HELD_TOO_LONG)
+        self._do.recheck()
         limit_s = self._do.now_s - self.settings.idle_timeout_s
         while self._conversations:
             conversation = next(iter(self._conversations.values()))
@@ -422,7 +425,7 @@ class Scheduler:
                 self._forget(conversation, Reason.CONVERSATION_EXPIRED)
 
     def _set_alarm(self) -> None:
-        due_s = self._waiting.next_deadline_s()
+        due_s = self._waiting.next_alarm_s()
         if self._conversations:
             oldest = next(iter(self._conversations.values()))
             expires_s = oldest.last_active_s + self.settings.idle_timeout_s

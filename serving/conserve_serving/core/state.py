@@ -79,6 +79,7 @@ class TurnState:
         "id",
         "index",
         "max_output_tokens",
+        "patient_until_s",
         "phase",
         "plan",
         "prefill_reserved",
@@ -120,6 +121,7 @@ class TurnState:
         self.backlog = 0  # uncached tokens not yet prefilled, wherever that happens
         self.context = 0  # what a decode step reads for this turn
         self.prefilled = False  # its prompt's KV is known to be on the decoder
+        self.patient_until_s: float | None = None  # until when it waits for room at its home
         self.until_s: float | None = None  # when a waiting turn is refused
         self.waits_at: EngineState | None = None  # the home it waits for, if any
 

@@ -18,12 +18,13 @@ _TRY_NEW: Final = 16
 class WaitingRoom:
     """Waiting turns: tail turns and new conversations apart, each in order of arrival."""
 
-    __slots__ = ("_deadlines", "_new", "_tail")
+    __slots__ = ("_deadlines", "_new", "_rechecks", "_tail")
 
     def __init__(self) -> None:
         self._tail: OrderedDict[TurnId, TurnState] = OrderedDict()
         self._new: OrderedDict[TurnId, TurnState] = OrderedDict()
         self._deadlines: list[tuple[float, TurnId, TurnState]] = []
+        self._rechecks: list[tuple[float, TurnId, TurnState]] = []
 
     def __len__(self) -> int:
         return len(self._tail) + len(self._new)
@@ -65,8 +66,19 @@ class WaitingRoom:
             heapq.heappush(self._deadlines, (limit_s, turn.id, turn))
         return turn.until_s
 
-    def next_deadline_s(self) -> float | None:
-        """When the next waiting turn is to be refused."""
+    def recheck(self, turn: TurnState, at_s: float) -> None:
+        """Try the turn again at that time, if it waits until then."""
+        heapq.heappush(self._rechecks, (at_s, turn.id, turn))
+
+    def next_alarm_s(self) -> float | None:
+        """When the next waiting turn is to be tried again, or refused."""
+        deadline_s = self._next_deadline_s()
+        if not self._rechecks:
+            return deadline_s
+        recheck_s = self._rechecks[0][0]
+        return recheck_s if deadline_s is None else min(deadline_s, recheck_s)
+
+    def _next_deadline_s(self) -> float | None:
         while self._deadlines:
             until_s, _, turn = self._deadlines[0]
             if turn.phase is Phase.WAITING:
@@ -77,10 +89,19 @@ class WaitingRoom:
 
     def overdue(self, now_s: float) -> TurnState | None:
         """A turn whose deadline has come, one at a time."""
-        due_s = self.next_deadline_s()
+        due_s = self._next_deadline_s()
         if due_s is None or due_s > now_s:
             return None
         return heapq.heappop(self._deadlines)[2]
+
+    def due_rechecks(self, now_s: float) -> list[TurnState]:
+        """Waiting turns that asked to be tried again by now."""
+        due: list[TurnState] = []
+        while self._rechecks and self._rechecks[0][0] <= now_s:
+            turn = heapq.heappop(self._rechecks)[2]
+            if turn.phase is Phase.WAITING:
+                due.append(turn)
+        return due
 
 
 class Pace:
