@@ -39,6 +39,9 @@ REASON: Final = "X-ConServe-Reason"
 #: Time this turn spent in the gateway itself before it was sent upstream, in milliseconds.
 OVERHEAD_MS: Final = "X-ConServe-Overhead-Ms"
 
+#: The key our clients send where a library insists on one and none was given: no credentials.
+NO_API_KEY: Final = "conserve"
+
 MAX_ID_LENGTH: Final = 200
 _LEGAL_ID: Final = re.compile(r"[\x21-\x7e]{1,200}\Z")
 

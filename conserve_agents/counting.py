@@ -1,0 +1,136 @@
+"""Counting a prompt's tokens before anybody has tokenized it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, runtime_checkable
+
+from conserve_agents import wire
+from conserve_agents.errors import GatewayError, TokenCountError
+from conserve_agents.gateway import Gateway
+from conserve_agents.logs import warn_once
+
+#: Chat messages, or the text of a plain completion.
+Prompt = str | Sequence[Any]
+
+#: Mean of three modern tokenizers on code and prose, within 8 % (docs/clients/README.md).
+BYTES_PER_TOKEN: Final = 4
+#: What chat templates put around a message: role, start and end markers (4 tokens in ChatML).
+BYTES_PER_MESSAGE: Final = 16
+#: A picture, sound or file costs what the model's encoder makes of it, whatever its bytes; 765 is
+#: OpenAI's price of a 1024 × 1024 picture in high detail.
+TOKENS_PER_ATTACHMENT: Final = 765
+_ATTACHMENTS: Final = frozenset({"image_url", "input_image", "input_audio", "file", "input_file"})
+
+
+@runtime_checkable
+class TokenCounter(Protocol):
+    """Counts the first turn of a conversation. Must be safe to call from several threads."""
+
+    @property
+    def name(self) -> str:
+        """Goes into the header: ``bytes/4``, ``server``, ``hf:<name>`` …"""
+
+    @property
+    def blocking(self) -> bool:
+        """Whether counting does I/O; then async clients call it on a worker thread."""
+
+    def count(self, prompt: Prompt, tools: Sequence[Any] | None) -> int:
+        """Tokens of the prompt with its tool schemas. Raises TokenCountError."""
+
+
+class BytesTokenCounter:
+    """UTF-8 bytes / 4 over the texts of all messages and the tool schemas.
+
+    Against real tokenizers: code +8 %, prose +3 %, JSON −15 %, tool schemas −8 %, Chinese −8 %,
+    Russian +60 %, hexadecimal −72 %. The gateway corrects it.
+    """
+
+    name = "bytes/4"
+    blocking = False
+
+    def count(self, prompt: Prompt, tools: Sequence[Any] | None) -> int:
+        """See :class:`TokenCounter`; accepts anything and never fails on an odd message."""
+        size_bytes = len(prompt.encode("utf-8", "replace")) if isinstance(prompt, str) else 0
+        if not isinstance(prompt, str):
+            size_bytes = sum(_text_bytes(m) + BYTES_PER_MESSAGE for m in prompt)
+        if tools:
+            schemas = json.dumps(
+                tools, ensure_ascii=False, separators=(",", ":"), default=str, skipkeys=True
+            )
+            size_bytes += len(schemas.encode("utf-8", "replace"))
+        return max(1, -(-size_bytes // BYTES_PER_TOKEN))
+
+
+class ServerTokenCounter:
+    """The served model's own tokenizer and chat template, through ``POST /v1/tokenize``.
+
+    Exact, at the price of one request per conversation.
+
+    Args:
+        gateway: whom to ask; None: the gateway at ``CONSERVE_BASE_URL``.
+        model: whose tokenizer; None: the gateway's default.
+    """
+
+    name = "server"
+    blocking = True
+
+    def __init__(self, gateway: Gateway | None = None, *, model: str | None = None) -> None:
+        self._gateway: Final = gateway or Gateway()
+        self._model: Final = model
+
+    def count(self, prompt: Prompt, tools: Sequence[Any] | None) -> int:
+        """See :class:`TokenCounter`. Raises TokenCountError when the gateway cannot be asked."""
+        try:
+            return self._gateway.count_tokens(prompt, tools=tools, model=self._model)
+        except GatewayError as error:
+            raise TokenCountError(f"the server's tokenizer: {error}") from error
+
+
+def count_first_turn(
+    prompt: Prompt, tools: Sequence[Any] | None, counter: TokenCounter | None
+) -> tuple[int, str]:
+    """Tokens of a first turn and who counted them. Never raises: bytes / 4 stands in.
+
+    A prompt that already is token ids needs no counter (``token-ids``).
+    """
+    if not isinstance(prompt, str) and prompt and all(isinstance(part, int) for part in prompt):
+        return len(prompt), "token-ids"
+    if counter is not None:
+        try:
+            return _usable(counter.count(prompt, tools), counter.name)
+        except Exception as error:  # noqa: BLE001 - anybody's code; a call must survive it
+            warn_once("count", "first turn counted as bytes/4, for the counter failed: %r", error)
+    fallback = BytesTokenCounter()
+    return fallback.count(prompt, tools), fallback.name
+
+
+def _usable(tokens: int, name: str) -> tuple[int, str]:
+    """What a counter said, if it can be sent: the gateway refuses a header that is no number."""
+    if not isinstance(tokens, int) or not 0 <= tokens < 10**9 or not wire.is_legal_id(name):
+        raise TokenCountError(f"counter {name!r} said {tokens!r}: expected a number of tokens")
+    return tokens, name
+
+
+def _text_bytes(value: Any) -> int:
+    """UTF-8 bytes of the texts in a message, however nested; keys and numbers are not text."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    if isinstance(value, Mapping):
+        kind = value.get("type")
+        if isinstance(kind, str) and kind in _ATTACHMENTS:
+            return TOKENS_PER_ATTACHMENT * BYTES_PER_TOKEN
+        return sum(_text_bytes(v) for k, v in value.items() if k not in _NOT_TEXT)
+    if isinstance(value, bytes | int | float) or value is None:
+        return 0
+    dump = getattr(value, "model_dump", None)
+    if callable(dump):
+        return _text_bytes(dump())
+    if isinstance(value, Iterable):
+        return sum(_text_bytes(v) for v in value)
+    return 0
+
+
+#: Structure rather than text: a template renders these as a marker, counted per message.
+_NOT_TEXT: Final = frozenset({"role", "type", "id", "tool_call_id"})
