@@ -60,6 +60,11 @@ class Response:
         """Whether the whole response has arrived (some of it may still wait to be taken)."""
         return self._ended
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the whole response has arrived and been taken."""
+        return self._ended and not self._chunks
+
     def __aiter__(self) -> Self:
         return self
 

@@ -1,0 +1,423 @@
+"""The engine model: what one SGLang engine does, step by step, without I/O or a clock.
+
+Order of calls by a driver (the emulated server on the wall clock, the simulator on a virtual
+one): ``submit``, ``abort``, ``open_session``, ``close_session`` at any time; then repeat
+``step = begin_step(now_s=t)``; if a step came back, wait until ``step.end_s`` and call
+``end_step(now_s=step.end_s)`` for its events; if None came back, wait for the next submission or
+for ``wake_at_s()`` and take what happened meanwhile from ``poll(now_s=t)``. Times are model
+seconds; a time before the latest one seen is taken for the latest.
+
+Rules, those of SGLang 0.5.23 with ``--enable-mixed-chunk`` and priority scheduling:
+
+* The queue is ordered by priority, then arrival. Its head is admitted when the device has room for
+  its prompt and for the output reserve of everyone admitted; nobody overtakes a head that waits
+  for room. Larger than the pool is refused at ``submit``, so the head always fits an empty engine.
+* Admission takes the prompt's pages at once. Cached KV on the host, or in the hand-off store,
+  comes in over the host link first, and the request waits for it beside the batch.
+* A step computes prompt chunks within the token budget, a begun prompt first, and one token for
+  every running request. When pages for those run out, the newest running request is retracted; it
+  keeps its output and goes back to its place in the queue, and nobody is admitted until another
+  request ends. One request alone always has room, so something always ends.
+* KV of a finished or aborted request stays in the prefix tree as idle (evictable) KV.
+"""
+
+from __future__ import annotations
+
+from conserve_serving.engines.content import Prompt
+from conserve_serving.engines.errors import (
+    DuplicateRequestError,
+    InvariantError,
+    ModelError,
+    ModelMisuseError,
+)
+from conserve_serving.engines.kv import KvPool
+from conserve_serving.engines.links import SerialLink
+from conserve_serving.engines.model_batch import DecodeBatch, State, Work, plan_burst
+from conserve_serving.engines.model_check import check_request
+from conserve_serving.engines.model_counters import Counters
+from conserve_serving.engines.model_desk import EPSILON_S, Desk
+from conserve_serving.engines.model_types import (
+    ModelConfig,
+    ModelEvent,
+    ModelRequest,
+    ModelStats,
+    PagesStored,
+    PrefillDone,
+    RequestFinished,
+    Retracted,
+    Step,
+    TokensEmitted,
+)
+from conserve_serving.engines.power import EnergyMeter
+from conserve_serving.engines.profile import HardwareProfile
+from conserve_serving.engines.steptime import StepTimes
+
+
+class EngineModel:
+    """One engine. Not thread-safe. Deterministic: equal calls give equal results."""
+
+    def __init__(self, profile: HardwareProfile, config: ModelConfig) -> None:
+        """Args: what the hardware does, and how the engine is set up.
+
+        Raises:
+            ModelError: a setting of ``config`` cannot work.
+        """
+        capacity = config.kv_capacity_tokens or profile.kv_capacity_tokens
+        host = config.host_capacity_tokens
+        for name, value in (
+            ("page_tokens", config.page_tokens),
+            ("max_running_requests", config.max_running_requests),
+            ("chunk_tokens", config.chunk_tokens or profile.chunk_tokens),
+            ("kv_capacity_tokens", capacity // max(config.page_tokens, 1)),
+        ):
+            if value <= 0:
+                raise ModelError(f"{name} is too small: at least one page of one request must fit")
+        self.profile = profile
+        self.config = config
+        self._pool_tokens = (capacity, profile.host_capacity_tokens if host is None else host)
+        self.pool = self._empty_pool()
+        self._chunk_tokens = config.chunk_tokens or profile.chunk_tokens
+        self._times = StepTimes(profile)
+        self._energy = EnergyMeter(profile.power)
+        self._counters = Counters()
+        self._desk = Desk(profile, config, self.pool)
+        self._decode = DecodeBatch(config.page_tokens)
+        self._egress_link = SerialLink()
+        self._egress: list[PagesStored] = []  # in order of at_s: the link is serial
+        self._step: Step | None = None
+        self._chunks: list[tuple[Work, int]] = []
+        self._prefill_share = 0.0
+        self._events: list[ModelEvent] = []
+        self._now_s = 0.0
+        self._arrivals = 0
+
+    def _empty_pool(self) -> KvPool:
+        capacity_tokens, host_capacity_tokens = self._pool_tokens
+        return KvPool(
+            capacity_tokens=capacity_tokens,
+            host_capacity_tokens=host_capacity_tokens,
+            page_tokens=self.config.page_tokens,
+            session_protection=self.config.session_protection,
+        )
+
+    # --- requests ----------------------------------------------------------------------------
+    def submit(self, request: ModelRequest, *, now_s: float) -> None:
+        """Queue a request.
+
+        Raises:
+            DuplicateRequestError: its ``rid`` is still in the engine.
+            RequestTooLargeError: prompt and output exceed the KV pool or the context length.
+            ModelError: a field is out of range; the message names it.
+        """
+        if request.rid in self._desk.works:
+            raise DuplicateRequestError(
+                f"rid {request.rid!r} is in use: give every request its own"
+            )
+        check_request(request, self.config, self.profile, self.pool.capacity_tokens)
+        self._advance(now_s)
+        arrival_s = max(now_s, self._now_s)
+        self._desk.enter(Work(request, self._arrivals, arrival_s, self.pool.root))
+        self._arrivals += 1
+
+    def set_context(self, rid: str, context: Prompt) -> None:
+        """Tell the content of prompt and output of a request in the engine (unknown: ignored)."""
+        work = self._desk.works.get(rid)
+        if work is None:
+            return
+        if (
+            context.page_tokens != self.config.page_tokens
+            or context.tokens < work.request.prompt.tokens
+        ):
+            raise ModelError(f"rid {rid!r}: context must extend the prompt in this engine's pages")
+        work.context = context
+
+    def abort(self, rid: str, *, now_s: float) -> bool:
+        """Forget a request, wherever it is; its KV becomes idle and it emits nothing more.
+
+        Returns:
+            False when the engine has no such request.
+        """
+        work = self._desk.works.get(rid)
+        if work is None:
+            return False
+        self._advance(now_s)
+        self._counters.aborted_requests += 1
+        if work.state is State.DECODING:
+            allocated = self._decode.allocated_kv_tokens(work)
+            self._decode.remove(work)
+            self._desk.leave(work, allocated, work.fill_tokens)
+        elif work.state is State.READY:
+            self._desk.leave(work, work.fill_tokens, work.computed_tokens)
+        else:  # queued: it holds nothing; loading: what is on the link is not there yet
+            self._desk.leave(work, work.fill_tokens, work.node_tokens)
+        return True
+
+    def open_session(self, session_id: str, *, now_s: float) -> bool:
+        """Protect what requests of this session leave behind; False when it is open already."""
+        self._advance(now_s)
+        return self.pool.sessions.open(session_id)
+
+    def close_session(self, session_id: str, *, now_s: float) -> bool:
+        """End the protection; False when the session was not open. Running requests go on."""
+        self._advance(now_s)
+        return self.pool.sessions.close(session_id)
+
+    def flush(self, *, now_s: float) -> bool:
+        """Drop all idle KV, on the device and on the host; open sessions stay open, and empty.
+
+        Returns:
+            False, and nothing is done, while requests are in the engine.
+        """
+        if self._desk.works:
+            return False
+        self._advance(now_s)
+        sessions = list(self.pool.sessions.leaves)
+        old, self.pool = self.pool, self._empty_pool()
+        self.pool.dropped_tokens_total = (
+            old.dropped_tokens_total + old.evictable_tokens + old.host_used_tokens
+        )
+        self._desk = Desk(self.profile, self.config, self.pool)
+        for session_id in sessions:
+            self.pool.sessions.open(session_id)
+        return True
+
+    # --- steps -------------------------------------------------------------------------------
+    def begin_step(self, *, now_s: float, until_s: float | None = None) -> Step | None:
+        """Start the next step, or return None when nothing can run now.
+
+        Args:
+            now_s: model time.
+            until_s: nothing will be asked of the engine before then: decode steps may be run
+                together until the batch changes, as long as each begins before ``until_s``. The
+                outcome is that of single steps; only the events come together. None: one step.
+
+        Raises:
+            ModelMisuseError: the previous step has not been ended.
+        """
+        if self._step is not None:
+            raise ModelMisuseError("begin_step before end_step of the step in progress")
+        self._advance(now_s)
+        start_s = self._now_s
+        desk, decode = self._desk, self._decode
+        desk.wake_loaded(start_s)
+        self._secure_decode_pages()
+        batch = len(decode.running)
+        budget = max(self.config.page_tokens, self._chunk_tokens - batch)
+        self._chunks = desk.pick_chunks(budget, start_s)
+        if not batch and not self._chunks:
+            return None
+        chunk_sizes = [(tokens, work.computed_tokens) for work, tokens in self._chunks]
+        prefill_s = self._times.prefill_batch_s(chunk_sizes)
+        steps = 1
+        kv_tokens = decode.kv_tokens + batch
+        decode_s = self._times.decode_s(batch, kv_tokens)
+        duration_s = prefill_s + decode_s
+        if prefill_s and batch:
+            duration_s = self._times.mixed_s(prefill_s, decode_s)
+        elif batch and until_s is not None:
+            wake_s = self.wake_at_s()
+            horizon_s = (until_s if wake_s is None else min(until_s, wake_s)) - start_s
+            # The first step's pages are allocated already.
+            room_pages = self.pool.room_tokens // self.config.page_tokens + decode.pages_for_one()
+            steps, duration_s = plan_burst(decode, self._times, horizon_s, room_pages)
+            kv_tokens = steps * decode.kv_tokens + batch * steps * (steps + 1) // 2
+            more = decode.pages_for(steps) - decode.pages_for_one()
+            self.pool.allocate(more * self.config.page_tokens)
+        decode.begin(steps)
+        self._prefill_share = prefill_s / (prefill_s + decode_s)
+        self._step = Step(
+            start_s=start_s,
+            duration_s=duration_s,
+            steps=steps,
+            prefill_tokens=sum(tokens for _, tokens in self._chunks),
+            prefill_requests=len(self._chunks),
+            decode_batch=batch,
+            decode_kv_tokens=kv_tokens if batch else 0,
+        )
+        return self._step
+
+    def end_step(self, *, now_s: float) -> list[ModelEvent]:
+        """Finish the step in progress; returns what happened since events were last taken.
+
+        Raises:
+            ModelMisuseError: there is no step in progress, or ``now_s`` is before its end.
+        """
+        step = self._step
+        if step is None:
+            raise ModelMisuseError("end_step without begin_step")
+        if now_s < step.end_s - EPSILON_S:
+            raise ModelMisuseError(f"end_step at {now_s} s, but the step ends at {step.end_s} s")
+        self._step = None
+        self._now_s = step.end_s
+        self._counters.step(step)
+        self._energy.step(
+            step.duration_s, prefill_share=self._prefill_share, decode_batch=step.decode_batch
+        )
+        self._drain_egress(self._now_s)
+        if self._decode.running and self.config.token_events:
+            rids = tuple(work.request.rid for work in self._decode.running)
+            self._events.append(TokensEmitted(rids=rids, at_s=step.end_s, count=step.steps))
+        for work in self._decode.end():
+            allocated = self._decode.allocated_kv_tokens(work)
+            self._decode.remove(work)
+            self._finish(work, allocated)
+        for work, tokens in self._chunks:
+            if work.state is State.READY:  # else it was aborted during the step
+                self._prefilled(work, tokens)
+        self._chunks = []
+        return self._take_events()
+
+    def poll(self, *, now_s: float) -> list[ModelEvent]:
+        """What happened without a step since events were last taken; counts idle time."""
+        self._advance(now_s)
+        return self._take_events()
+
+    def wake_at_s(self) -> float | None:
+        """When a transfer under way will be over: call ``poll`` and ``begin_step`` then."""
+        loading_s = self._desk.loading_until_s()
+        if not self._egress:
+            return loading_s
+        stored_s = self._egress[0].at_s
+        return stored_s if loading_s is None else min(stored_s, loading_s)
+
+    def stats(self) -> ModelStats:
+        """A reading of the engine as of the last call that brought a time."""
+        pool, counters, desk = self.pool, self._counters, self._desk
+        return ModelStats(
+            now_s=self._now_s,
+            capacity_tokens=pool.capacity_tokens,
+            used_tokens=pool.used_tokens,
+            evictable_tokens=pool.evictable_tokens,
+            available_tokens=pool.available_tokens,
+            host_capacity_tokens=pool.host_capacity_tokens,
+            host_used_tokens=pool.host_used_tokens,
+            running=desk.held[State.DECODING],
+            prefilling=desk.held[State.READY],
+            loading=desk.held[State.LOADING],
+            queued=desk.held[State.QUEUED],
+            queued_tokens=desk.queued_tokens,
+            open_sessions=len(pool.sessions.leaves),
+            finished_requests=counters.finished_requests,
+            aborted_requests=counters.aborted_requests,
+            retractions=counters.retractions,
+            cached_device_tokens=counters.cached_device_tokens,
+            cached_host_tokens=counters.cached_host_tokens,
+            cached_storage_tokens=counters.cached_storage_tokens,
+            stored_tokens=counters.stored_tokens,
+            dropped_tokens=pool.dropped_tokens_total,
+            counters=counters.reading(),
+            energy=self._energy.reading(),
+        )
+
+    # --- time --------------------------------------------------------------------------------
+    def _advance(self, now_s: float) -> None:
+        """Let idle time pass; a step in progress accounts for its own."""
+        if self._step is not None:
+            self._drain_egress(now_s)  # transfers end while a step runs
+            return
+        if now_s > self._now_s:
+            self._energy.idle(now_s - self._now_s)
+            self._now_s = now_s
+        self._drain_egress(self._now_s)
+
+    def _drain_egress(self, now_s: float) -> None:
+        done = 0
+        while done < len(self._egress) and self._egress[done].at_s <= now_s + EPSILON_S:
+            done += 1
+        if done:
+            self._events += self._egress[:done]
+            del self._egress[:done]
+
+    def _take_events(self) -> list[ModelEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def _secure_decode_pages(self) -> None:
+        """Allocate the next step's pages, retracting until they are there.
+
+        The newest running request goes first, but never the last one: then those still at their
+        prompts go, newest first.
+        """
+        decode, desk, page = self._decode, self._desk, self.config.page_tokens
+        while decode.pages_for_one() * page > self.pool.room_tokens:
+            if len(decode.running) > 1:
+                work = next(reversed(decode.running))
+                allocated = decode.allocated_kv_tokens(work)
+                decode.remove(work)
+            else:
+                newest = desk.newest_prefilling()
+                if newest is None:
+                    raise InvariantError("one request alone has no room for its next token")
+                work, allocated = newest, newest.fill_tokens
+            desk.retract(work, allocated)
+            self._counters.retractions += 1
+            self._events.append(Retracted(rid=work.request.rid, at_s=self._now_s))
+        self.pool.allocate(decode.pages_for_one() * page)
+
+    # --- what a step brought -----------------------------------------------------------------
+    def _prefilled(self, work: Work, tokens: int) -> None:
+        """A chunk of ``tokens`` has been computed."""
+        work.computed_tokens += tokens
+        if work.computed_tokens < work.fill_tokens:
+            self._desk.put_back(work)
+            return
+        request, at_s = work.request, self._now_s
+        end = request.prompt.tokens - request.prompt.tokens % self.config.page_tokens
+        self._desk.insert(work, request.prompt, end)
+        if not work.prefilled:
+            work.prefilled = True
+            self._counters.cached(work)
+            self._events.append(
+                PrefillDone(
+                    rid=request.rid,
+                    at_s=at_s,
+                    prompt_tokens=request.prompt.tokens,
+                    cached_device_tokens=work.cached_device,
+                    cached_host_tokens=work.cached_host,
+                    cached_storage_tokens=work.cached_storage,
+                )
+            )
+            if self.config.store_writes:
+                self._store(request, end)
+            if not request.prefill_only:
+                work.first_token_s = at_s
+        if request.prefill_only:
+            self._finish(work, work.fill_tokens)
+            return
+        work.emitted += 1
+        if self.config.token_events:
+            self._events.append(TokensEmitted(rids=(request.rid,), at_s=at_s, count=1))
+        if work.emitted == request.output_tokens:
+            self._finish(work, work.fill_tokens)
+            return
+        self._desk.move(work, State.DECODING)
+        self._decode.add(work, request.output_tokens)
+
+    def _store(self, request: ModelRequest, end_tokens: int) -> None:
+        """Write the prompt's pages that the store lacks to it, after what is on the link."""
+        new = max(end_tokens - request.stored_tokens, 0)
+        self._counters.stored_tokens += new
+        done_s = self._egress_link.reserve(self._now_s, self.profile.handoff_s(new))
+        self._egress.append(
+            PagesStored(
+                rid=request.rid, at_s=done_s, tokens=end_tokens, duration_s=done_s - self._now_s
+            )
+        )
+        self._drain_egress(self._now_s)
+
+    def _finish(self, work: Work, allocated_tokens: int) -> None:
+        request = work.request
+        self._counters.finished_requests += 1
+        admitted_s = work.arrival_s if work.admitted_s is None else work.admitted_s
+        self._events.append(
+            RequestFinished(
+                rid=request.rid,
+                at_s=self._now_s,
+                prompt_tokens=request.prompt.tokens,
+                output_tokens=request.output_tokens,
+                cached_tokens=work.cached_tokens,
+                queued_s=admitted_s - work.arrival_s,
+                first_token_s=work.first_token_s,
+            )
+        )
+        self._desk.leave(work, allocated_tokens, work.fill_tokens)

@@ -1,0 +1,72 @@
+"""Sums the engine model keeps since its start."""
+
+from __future__ import annotations
+
+from conserve_serving.engines.model_batch import Work
+from conserve_serving.engines.model_types import Step, StepCounters
+
+
+class Counters:
+    """Mutable sums behind ``ModelStats``; only the model writes them."""
+
+    def __init__(self) -> None:
+        self.finished_requests = 0
+        self.aborted_requests = 0
+        self.retractions = 0
+        self.cached_device_tokens = 0
+        self.cached_host_tokens = 0
+        self.cached_storage_tokens = 0
+        self.stored_tokens = 0
+        self._prefill_steps = self._prefill_tokens = 0
+        self._prefill_s = 0.0
+        self._decode_steps = self._decode_kv_tokens = 0
+        self._decode_s = self._decode_batch_s = 0.0
+        self._decode_batch_sum = self._decode_batch_sq_sum = 0
+        self._mixed_steps = self._mixed_kv_tokens = self._mixed_prefill_tokens = 0
+        self._mixed_batch_sum = 0
+        self._mixed_s = 0.0
+
+    def step(self, step: Step) -> None:
+        """Count a step that has ended."""
+        if not step.prefill_tokens:
+            self._decode_steps += step.steps
+            self._decode_s += step.duration_s
+            self._decode_kv_tokens += step.decode_kv_tokens
+            self._decode_batch_sum += step.steps * step.decode_batch
+            self._decode_batch_sq_sum += step.steps * step.decode_batch**2
+            self._decode_batch_s += step.decode_batch * step.duration_s
+        elif step.decode_batch:
+            self._mixed_steps += 1
+            self._mixed_s += step.duration_s
+            self._mixed_kv_tokens += step.decode_kv_tokens
+            self._mixed_prefill_tokens += step.prefill_tokens
+            self._mixed_batch_sum += step.decode_batch
+        else:
+            self._prefill_steps += 1
+            self._prefill_s += step.duration_s
+            self._prefill_tokens += step.prefill_tokens
+
+    def cached(self, work: Work) -> None:
+        """Count a prompt's cached tokens, once, when its prefill is complete."""
+        self.cached_device_tokens += work.cached_device
+        self.cached_host_tokens += work.cached_host
+        self.cached_storage_tokens += work.cached_storage
+
+    def reading(self) -> StepCounters:
+        """The step sums as a value."""
+        return StepCounters(
+            prefill_steps=self._prefill_steps,
+            prefill_tokens=self._prefill_tokens,
+            prefill_s=self._prefill_s,
+            decode_steps=self._decode_steps,
+            decode_s=self._decode_s,
+            decode_kv_tokens=self._decode_kv_tokens,
+            decode_batch_sum=self._decode_batch_sum,
+            decode_batch_sq_sum=self._decode_batch_sq_sum,
+            decode_batch_s=self._decode_batch_s,
+            mixed_steps=self._mixed_steps,
+            mixed_s=self._mixed_s,
+            mixed_kv_tokens=self._mixed_kv_tokens,
+            mixed_prefill_tokens=self._mixed_prefill_tokens,
+            mixed_batch_sum=self._mixed_batch_sum,
+        )
