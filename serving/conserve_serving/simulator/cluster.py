@@ -260,10 +260,11 @@ class VirtualCluster:
             gap_s = conversation.spec.turns[conversation.next].gap_s
             self._at(self.now_s + gap_s, lambda: self._arrive(conversation))
             return
+        self._at(self.now_s, lambda: self._end(conversation))
+
+    def _end(self, conversation: _Conversation) -> None:
         self._open -= 1
-        self._at(
-            self.now_s, lambda: self._send(ConversationEnded(conversation=conversation.spec.id))
-        )
+        self._send(ConversationEnded(conversation=conversation.spec.id))
 
     # --- conversations -----------------------------------------------------------------------
     def _arrive(self, conversation: _Conversation) -> None:
@@ -400,6 +401,8 @@ class VirtualCluster:
                 PrefillFinished(turn=turn.turn, plan=place.plan, prompt_tokens=event.prompt_tokens)
             )
         elif isinstance(event, PagesStored):
+            if role != "p":
+                return  # an engine that stores all it computes stores a hosted turn's too
             turn.stored = event.tokens
             self._send(
                 HandoffFinished(
