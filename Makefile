@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow check lint types contracts bench clean
+.PHONY: help setup demo test test-slow test-openai2 check lint types contracts bench clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -33,6 +33,13 @@ test: setup
 test-slow: setup
 	@$(BIN)/python -m pytest -q -m slow
 
+# The client layer again, with the other major version of the OpenAI SDK.
+test-openai2: setup
+	@test -x $(VENV)-openai2/bin/python || $(PYTHON) -m venv $(VENV)-openai2
+	@$(VENV)-openai2/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-openai2.txt -e . 'openai>=2.45,<3' hypothesis pytest pytest-asyncio
+	@$(VENV)-openai2/bin/python -m pytest -q tests/client
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -50,4 +57,4 @@ bench: setup
 	@$(BIN)/python benchmarks/gateway_overhead/run.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf $(VENV) $(VENV)-openai2 .mypy_cache .ruff_cache .pytest_cache .hypothesis out
