@@ -1,0 +1,297 @@
+"""The processes of one cluster: emulated engines, and the gateway in front of them.
+
+Order matters, and it is the same every time. Up: the gateway's port is chosen (engines need it
+for their acknowledgements), all engines start side by side, the gateway's own configuration is
+written with the engines' URLs, the gateway starts, and the cluster is up when every engine has
+joined it. Down: the gateway drains while its engines still answer, then the engines stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from conserve_serving.cli.children import Backoff, Child, ChildSpec, ChildState, Command
+from conserve_serving.cli.errors import (
+    ChildFailedError,
+    GatewayUnreachableError,
+)
+from conserve_serving.cli.gateway_http import GatewayHttp
+from conserve_serving.cli.ports import Reservation, url_host
+
+#: How long engines get to end after SIGTERM: they hold nothing worth waiting for.
+ENGINE_GRACE_S = 5.0
+#: What the gateway gets beyond its own drain deadline before it is made to end.
+DRAIN_MARGIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedEngine:
+    """One emulated engine to start.
+
+    Attributes:
+        id: engine id; also its name in logs and messages.
+        role: ``prefill``, ``decode`` or ``both``.
+        profile: hardware profile it runs.
+        model: model name it serves.
+        speed: model seconds per wall second.
+        page_tokens: tokens of a KV page.
+        kv_capacity_tokens, host_capacity_tokens: None takes the profile's own.
+    """
+
+    id: str
+    role: str
+    profile: str
+    model: str
+    speed: float
+    page_tokens: int
+    kv_capacity_tokens: int | None = None
+    host_capacity_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """What to start.
+
+    Attributes:
+        engines: the emulated engines; a cluster may also attach to others that run already.
+        host, reserved: where the gateway listens; the port is kept free until the gateway starts.
+        gateway_config: writes the text of the gateway's configuration file, given the URL of
+            every engine by id.
+        drain_s: how long the gateway finishes running turns after SIGTERM.
+        admin_token: what the gateway asks of those who may see all conversations, if anything.
+    """
+
+    engines: tuple[EmulatedEngine, ...]
+    host: str
+    reserved: Reservation
+    gateway_config: Callable[[Mapping[str, str]], str]
+    drain_s: float
+    admin_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commands:
+    """How processes are called; tests put small scripted programs here."""
+
+    engine: Callable[[EmulatedEngine, Path, str], Command]
+    gateway: Callable[[Path], Command]
+
+
+def engine_command(engine: EmulatedEngine, store: Path, ack_url: str) -> Command:
+    """Command of an emulated engine.
+
+    Args:
+        engine: what to run.
+        store: folder through which KV is handed over; the same for all engines.
+        ack_url: where the engine acknowledges a stored prompt.
+    """
+
+    def command(port: int) -> list[str]:
+        argv = [sys.executable, "-m", "conserve_serving.engines.emulated"]
+        argv += ["--engine-id", engine.id, "--role", engine.role, "--port", str(port)]
+        argv += ["--profile", engine.profile, "--model", engine.model]
+        argv += ["--speed", f"{engine.speed:g}", "--page-size", str(engine.page_tokens)]
+        argv += ["--store", str(store), "--ack-url", ack_url]
+        if engine.kv_capacity_tokens is not None:
+            argv += ["--kv-capacity-tokens", str(engine.kv_capacity_tokens)]
+        if engine.host_capacity_tokens is not None:
+            argv += ["--host-capacity-tokens", str(engine.host_capacity_tokens)]
+        return [*argv, "--announce", "--exit-with-parent"]
+
+    return command
+
+
+def gateway_command(config: Path) -> Command:
+    """Command of the gateway with this configuration file."""
+
+    def command(port: int) -> list[str]:
+        argv = [sys.executable, "-m", "conserve_serving.cli.leash", "conserve_serving.gateway"]
+        return [*argv, "--config", str(config), "--port", str(port), "--announce"]
+
+    return command
+
+
+REAL_COMMANDS = Commands(engine=engine_command, gateway=gateway_command)
+
+
+class Supervisor:
+    """Starts a cluster, keeps it running, and stops it.
+
+    Attributes:
+        url: where the gateway listens.
+        model: name of the model served; None until the cluster is up.
+
+    Args:
+        plan: what to start.
+        run_dir: an existing folder for logs, the hand-off store and the gateway's configuration.
+        notify: told, in one line, whenever something happens that a person should know.
+        commands: how processes are called.
+        clock, sleep: monotonic seconds, and waiting.
+        ready_timeout_s: how long every process, and then the whole cluster, may take to be ready.
+        backoff: how crashed processes are restarted.
+    """
+
+    def __init__(
+        self,
+        plan: ClusterPlan,
+        *,
+        run_dir: Path,
+        notify: Callable[[str], None],
+        commands: Commands = REAL_COMMANDS,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        ready_timeout_s: float = 60.0,
+        backoff: Backoff = Backoff(),  # noqa: B008 - frozen
+    ) -> None:
+        self.url = f"http://{url_host(plan.host)}:{plan.reserved.port}"
+        self.run_dir = run_dir
+        self.model: str | None = None
+        self._plan = plan
+        self._notify = notify
+        self._clock = clock
+        self._sleep = sleep
+        self._ready_timeout_s = ready_timeout_s
+        self._store = run_dir / "store"
+        self._config = run_dir / "gateway.toml"
+        self._watches: list[asyncio.Task[None]] = []
+
+        def child(name: str, command: Command, port: int) -> Child:
+            spec = ChildSpec(
+                name=name,
+                command=command,
+                port=port,
+                log_path=run_dir / f"{name}.log",
+                ready_timeout_s=ready_timeout_s,
+                backoff=backoff,
+            )
+            return Child(spec, notify=notify, clock=clock, sleep=sleep)
+
+        ack_url = f"{self.url}/conserve/v1/handoffs"
+        self.engines = {
+            engine.id: child(engine.id, commands.engine(engine, self._store, ack_url), 0)
+            for engine in plan.engines
+        }
+        self.gateway = child("gateway", commands.gateway(self._config), plan.reserved.port)
+
+    async def start(self) -> None:
+        """Bring the cluster up.
+
+        Raises:
+            ChildFailedError: a process did not come up; everything has been stopped again.
+        """
+        self._store.mkdir(parents=True, exist_ok=True)
+        for one in (self.gateway, *self.engines.values()):
+            # An earlier run's last words in the same folder would explain this one's failures.
+            one.spec.log_path.unlink(missing_ok=True)
+        try:
+            await self._start_engines()
+            urls = {id_: f"http://127.0.0.1:{child.port}" for id_, child in self.engines.items()}
+            self._config.touch(mode=0o600)  # it holds the key that signs placement tokens
+            self._config.write_text(self._plan.gateway_config(urls), encoding="utf-8")
+            self._plan.reserved.release()
+            await self.gateway.start()
+            await self._wait_until_joined()
+        except BaseException:
+            self.kill()
+            await self.stop()
+            raise
+        for one in (self.gateway, *self.engines.values()):
+            self._watches.append(asyncio.create_task(one.watch(), name=f"watch {one.spec.name}"))
+
+    async def run(self) -> None:
+        """Keep the cluster running until cancelled.
+
+        An engine that keeps crashing is left alone and reported: the cluster goes on without it.
+
+        Raises:
+            ChildFailedError: the gateway kept crashing, or every engine did.
+        """
+        pending = set(self._watches)
+        gateway_watch = self._watches[0]
+        while True:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for watch in done:
+                failure = watch.exception()
+                if not isinstance(failure, ChildFailedError):
+                    raise failure or RuntimeError(f"{watch.get_name()} ended")
+                if watch is gateway_watch or self.engines_given_up():
+                    raise failure
+                self._notify(f"{failure.what}; going on without it. {failure.remedy}")
+
+    def engines_given_up(self) -> bool:
+        """Whether this cluster started engines and none of them will come back."""
+        states = [child.state for child in self.engines.values()]
+        return bool(states) and all(state is ChildState.GAVE_UP for state in states)
+
+    async def stop(self) -> bool:
+        """Drain the gateway, then stop the engines. Safe to call more than once.
+
+        Returns:
+            Whether every process ended by itself in time.
+        """
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        self._plan.reserved.release()
+        drained = await self.gateway.stop(grace_s=self._plan.drain_s + DRAIN_MARGIN_S)
+        stops = [child.stop(grace_s=ENGINE_GRACE_S) for child in self.engines.values()]
+        in_time = await asyncio.gather(*stops)
+        await asyncio.to_thread(shutil.rmtree, self._store, ignore_errors=True)
+        return drained and all(in_time)
+
+    def kill(self) -> None:
+        """End every process at once; ``stop`` then returns quickly."""
+        for child in (self.gateway, *self.engines.values()):
+            child.kill()
+
+    def gateway_http(self, *, timeout_s: float) -> GatewayHttp:
+        """The gateway's own API, with the right to see everybody's conversations.
+
+        Args:
+            timeout_s: longest wait for an answer.
+        """
+        return GatewayHttp(self.url, timeout_s=timeout_s, api_key=self._plan.admin_token)
+
+    async def _start_engines(self) -> None:
+        starts = [child.start() for child in self.engines.values()]
+        for result in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _wait_until_joined(self) -> None:
+        """Wait until the gateway knows every engine that was started."""
+        gateway = self.gateway_http(timeout_s=5.0)
+        deadline_s = self._clock() + self._ready_timeout_s
+        missing: list[str] = sorted(self.engines)
+        while self._clock() < deadline_s:
+            if self.gateway.pid is None:
+                raise ChildFailedError(
+                    "the gateway ended while it was joining its engines",
+                    remedy=f"read {self.gateway.spec.log_path}",
+                )
+            with contextlib.suppress(GatewayUnreachableError):
+                cluster = await asyncio.to_thread(gateway.cluster)
+                for engine in cluster.engines:
+                    if engine.id in self.engines and engine.state == "unfit":
+                        raise ChildFailedError(
+                            f"the gateway does not accept {engine.id}: {engine.note}",
+                            remedy="correct its tier in the configuration file",
+                        )
+                joined = {engine.id for engine in cluster.engines if engine.is_up}
+                missing = sorted(set(self.engines) - joined)
+                if not missing:
+                    self.model = cluster.gateway.model
+                    return
+            await self._sleep(0.05)
+        raise ChildFailedError(
+            f"the gateway did not accept {', '.join(missing) or 'its engines'}"
+            f" within {self._ready_timeout_s:g} s",
+            remedy=f"read the logs in {self.run_dir}",
+        )
