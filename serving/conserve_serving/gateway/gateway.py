@@ -1,0 +1,371 @@
+"""The gateway as one object: everything a turn needs, put together once.
+
+Independent of HTTP: ``app`` brings requests in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from conserve_serving.core.decisions import Park, Place, Release
+from conserve_serving.core.events import ConversationEnded
+from conserve_serving.core.policies import Collocated, RoundRobin, make_policy
+from conserve_serving.core.scheduler import Scheduler
+from conserve_serving.core.types import Reason, Tier, TurnId
+from conserve_serving.engines.client import EngineClient
+from conserve_serving.engines.http import HttpPool
+from conserve_serving.engines.http_errors import EngineHttpError
+from conserve_serving.gateway.config import Config
+from conserve_serving.gateway.conversations import Conversation, Conversations, Usage
+from conserve_serving.gateway.engine import Engine
+from conserve_serving.gateway.errors import NotFoundError, UnavailableError
+from conserve_serving.gateway.fleet import Fleet
+from conserve_serving.gateway.handoffs import Handoffs
+from conserve_serving.gateway.identity import Headers, IdentityResolver, Tags
+from conserve_serving.gateway.lineage import Lineage, PrefixMark, Relation
+from conserve_serving.gateway.metrics import Metrics
+from conserve_serving.gateway.placement import PlacementSigner
+from conserve_serving.gateway.relay import Client
+from conserve_serving.gateway.request import TurnRequest
+from conserve_serving.gateway.runtime import Journal, ModelClock, Runtime
+from conserve_serving.gateway.sessions import Background, Sessions
+from conserve_serving.gateway.turn import Turn
+
+_log = logging.getLogger("conserve.gateway")
+
+#: How often running turns are looked at for silence.
+_WATCH_S = 1.0
+
+
+class Gateway:
+    """Everything shared by turns. Make it inside a running event loop.
+
+    Args:
+        config: checked configuration.
+        wall: wall seconds, monotonic.
+        make_client: an engine client for a URL; the real one by default.
+        token: random text for ids that nobody must guess.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        wall: Callable[[], float] = time.monotonic,
+        make_client: Callable[[str], EngineClient] | None = None,
+        token: Callable[[], str] = lambda: secrets.token_hex(12),
+    ) -> None:
+        settings, identity = config.gateway, config.identity
+        self.config = config
+        self.wall = wall
+        self.started_s = wall()
+        self.created_unix_s = int(time.time())
+        self.draining = False
+        self.metrics = Metrics()
+        self.background = Background()
+        policy = make_policy(config.scheduler.policy, config.scheduler.settings())
+        self._hands_over = not isinstance(policy, Collocated | RoundRobin)
+        loop = asyncio.get_running_loop()
+        self.runtime = Runtime(
+            Scheduler(config.scheduler.settings(), policy),
+            ModelClock(wall),
+            call_later=loop.call_later,
+            on_residency=self._carry_out,
+            journal=_open_journal(settings.decision_journal),
+        )
+        self.fleet = Fleet(
+            settings,
+            emit=self.runtime.handle,
+            make_client=make_client or self._make_client,
+            wall=wall,
+            on_speed=self.runtime.clock.set_speed,
+            on_lost=lambda engine: self.handoffs.forget_engine(engine.id),
+        )
+        self.handoffs = Handoffs(wall)
+        self.sessions = Sessions(
+            engine_of=self.fleet.get,
+            background=self.background,
+            idle_timeout_s=lambda: config.scheduler.idle_timeout_s / self.runtime.clock.speed,
+        )
+        self.conversations = Conversations(
+            clock=wall,
+            new_id=lambda: f"conv-{token()}",
+            max_conversations=settings.max_conversations,
+            remember_turns=settings.remember_turns,
+            on_forget=self._forgotten,
+        )
+        self.identity = IdentityResolver(
+            aliases=identity.aliases,
+            headers=identity.headers,
+            body=identity.body,
+            baggage=identity.baggage,
+        )
+        self._lineage = Lineage(identity.lineage_entries) if identity.lineage else None
+        self.signer = PlacementSigner((settings.placement_key or token()).encode())
+        self._boot = token()[:8]
+        self._turn_number = 0
+        self._turns: dict[TurnId, Turn] = {}
+        self._watcher: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def _make_client(self, url: str) -> EngineClient:
+        settings, parts = self.config.gateway, urlsplit(url)  # checked when it came in
+        pool = HttpPool(
+            parts.hostname or "",
+            parts.port or 80,
+            max_idle=settings.max_idle_connections,
+            connect_timeout_s=settings.connect_timeout_s,
+        )
+        return EngineClient(
+            url, pool=pool, api_key=settings.engine_api_key, timeout_s=settings.control_timeout_s
+        )
+
+    # --- life --------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Begin to watch the configured engines and running turns."""
+        taken: dict[str, int] = {}
+        for tier in self.config.tiers:
+            prefix = tier.name or ("p" if tier.role is Tier.PREFILL else "d")
+            for url in tier.urls:
+                number = taken.get(prefix, 0)
+                taken[prefix] = number + 1
+                self.fleet.add(f"{prefix}{number}", url, tier)
+        self._watcher = asyncio.create_task(self._watch_turns(), name="watch turns")
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new turns and wait for running ones; returns whether all have ended."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop everything; turns still running are aborted."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        running = [turn.task for turn in self._turns.values() if turn.task is not None]
+        for turn in list(self._turns.values()):
+            turn.client_gone()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self.background.join(timeout_s=1.0)
+        await self.fleet.close()
+        self.runtime.close()
+
+    async def _watch_turns(self) -> None:
+        limit_s = self.config.gateway.stall_timeout_s
+        while True:
+            await asyncio.sleep(min(_WATCH_S, limit_s / 4))
+            now_s = self.wall()
+            for turn in list(self._turns.values()):
+                turn.check_progress(now_s, limit_s)
+
+    # --- turns -------------------------------------------------------------------------------
+    def begin_turn(
+        self, request: TurnRequest, headers: Headers, client: Client, *, arrived_s: float
+    ) -> Turn:
+        """Find out whose turn it is and make it; the caller starts it.
+
+        Raises:
+            ApiError: draining, no engine, unknown model, or an illegal id.
+        """
+        self.check_model(request.model)
+        tags = self.identity.resolve(headers, request.identity)
+        conversation, relation = self._identify(request, tags)
+        mark, kept_bytes = PrefixMark(request), 0
+        if conversation.mark is not None:
+            relation, kept_bytes = conversation.mark.compare(mark, request)
+        self.metrics.identity[tags.source] += 1
+        self.metrics.relations[relation] += 1
+        self._turn_number += 1
+        turn_id = TurnId(f"{self._boot}-{self._turn_number:x}")
+        turn = Turn(
+            self,
+            turn_id,
+            client,
+            request=request,
+            tags=tags,
+            conversation=conversation,
+            relation=relation,
+            kept_bytes=kept_bytes,
+            mark=mark,
+            arrived_s=arrived_s,
+        )
+        self._turns[turn_id] = turn
+        self._idle.clear()
+        return turn
+
+    def check_model(self, model: str) -> None:
+        """Whether a request for ``model`` can be served here at all.
+
+        Raises:
+            UnavailableError: draining, or no engine is alive.
+            NotFoundError: another model is served here.
+        """
+        if self.draining:
+            raise UnavailableError(
+                "the gateway is shutting down: try again", code="draining", retry_after_s=1.0
+            )
+        served = self.fleet.model
+        if served is None:
+            raise self.no_engine()
+        if model != served:
+            raise NotFoundError(
+                f"model {model!r} is not served here: use {served!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def no_engine(self) -> UnavailableError:
+        """What is answered while no engine is alive."""
+        return UnavailableError(
+            "no engine is alive: try again later",
+            code=Reason.NO_ENGINE.value,
+            retry_after_s=self.config.gateway.health_interval_s,
+        )
+
+    def _identify(self, request: TurnRequest, tags: Tags) -> tuple[Conversation, Relation]:
+        """The turn's conversation, and what its messages alone say of it."""
+        if tags.conversation is not None:
+            conversation = self.conversations.open(
+                tags.conversation, tags, model=request.model, source=tags.source
+            )
+            return conversation, Relation.NEW
+        tags.source = "none"
+        id, relation, chain = self.conversations.new_id(), Relation.NEW, None
+        if self._lineage is not None:
+            tags.source = "lineage"
+            match = self._lineage.match(request, salt=f"{tags.tenant}\0{request.model}")
+            chain, relation = match.chain, match.relation
+            known = (
+                None if match.conversation is None else self.conversations.get(match.conversation)
+            )
+            if known is None or known.ended:
+                relation = Relation.NEW
+            elif relation is Relation.FORK or (relation is Relation.REPLAY and known.running):
+                # The same words at the same time are another conversation, not a retry.
+                relation, tags.parent = Relation.FORK, tags.parent or known.id
+            else:
+                id = known.id
+        conversation = self.conversations.open(id, tags, model=request.model, source=tags.source)
+        if self._lineage is not None and chain is not None:
+            self._lineage.remember(conversation.key, chain)
+        return conversation, relation
+
+    def note_finished(self, turn: Turn, place: Place, usage: Usage, cached_tokens: int) -> None:
+        """A turn finished: remember what its conversation is now, check its cached tokens."""
+        conversation, metrics = turn.conversation, self.metrics
+        expected = min(place.expected_cached_tokens, usage.prompt_tokens)
+        engine = self.fleet.get(place.decoder)
+        page_tokens = engine.page_tokens if engine is not None else 1
+        if cached_tokens < expected - page_tokens - 1:
+            conversation.shortfall_tokens += expected - cached_tokens
+            _log.warning(
+                "turn %s: %d tokens cached on %s where %d were expected",
+                turn.id,
+                cached_tokens,
+                place.decoder,
+                expected,
+            )
+        latest = turn.index >= conversation.turns
+        conversation.note_usage(turn.request, turn.index, usage)
+        if latest:
+            conversation.mark = turn.mark
+        metrics.prompt_tokens += usage.prompt_tokens
+        metrics.output_tokens += usage.output_tokens
+        metrics.cached_tokens += cached_tokens
+
+    def forget_turn(self, turn: Turn) -> None:
+        """A turn is over, for the gateway too."""
+        self._turns.pop(turn.id, None)
+        if not self._turns:
+            self._idle.set()
+
+    def may_hand_over(self) -> bool:
+        """Whether a first turn's exact token ids may be needed."""
+        return self._hands_over and bool(self.fleet.serving(Tier.PREFILL))
+
+    # --- conversations -----------------------------------------------------------------------
+    def end_conversation(self, conversation: Conversation) -> None:
+        """A conversation is over: its KV is freed once its running turns have ended."""
+        self.conversations.end(conversation)
+        self.runtime.handle(ConversationEnded(conversation=conversation.key))
+        if self._lineage is not None:
+            self._lineage.forget(conversation.key)
+
+    def _forgotten(self, conversation: Conversation) -> None:
+        """Memory is full: what nobody remembers must not hold KV."""
+        self.runtime.handle(ConversationEnded(conversation=conversation.key))
+        self.sessions.close(conversation)
+
+    def _carry_out(self, decision: Park | Release) -> None:
+        conversation = self.conversations.get(decision.conversation)
+        if conversation is None:
+            return
+        if conversation.session is not None and conversation.session[0] == decision.engine:
+            self.sessions.close(conversation)
+        if isinstance(decision, Park):
+            conversation.parked = True
+        elif decision.reason is Reason.CONVERSATION_EXPIRED and not conversation.running:
+            self.conversations.end(conversation)
+
+    # --- engines -----------------------------------------------------------------------------
+    def missing(self) -> str | None:
+        """Why conversations cannot be taken on now; None when they can."""
+        if self.draining:
+            return "the gateway is shutting down"
+        scheduler = self.runtime.scheduler
+        hosts = scheduler.policy.hosts
+        if any(hosts(state) and not state.draining for state in scheduler.engines.values()):
+            return None
+        return "no decoder is ready"
+
+    def models(self) -> list[dict[str, Any]]:
+        """The served model as ``/v1/models`` shows it; empty when no engine is here."""
+        served = self.fleet.model
+        if served is None:
+            return []
+        limits = [e.description.max_context_tokens for e in self.fleet.serving() if e.description]
+        return [
+            {
+                "id": served,
+                "object": "model",
+                "created": self.created_unix_s,
+                "owned_by": "conserve",
+                "max_model_len": max(limits, default=None),
+            }
+        ]
+
+    def abort_upstream(self, engine: Engine, rid: str) -> None:
+        """Tell an engine to stop a request. Returns at once."""
+        self.background.start(self._abort(engine, rid), f"abort on {engine.id}")
+
+    async def _abort(self, engine: Engine, rid: str) -> None:
+        try:
+            await engine.client.abort(rid)
+        except EngineHttpError as error:
+            _log.info("abort of %s: %s", rid, error)
+
+    def warn_no_cache_report(self, engine: Engine) -> None:
+        """An engine does not say what was cached: say so once."""
+        if not engine.told_no_cache_report:
+            engine.told_no_cache_report = True
+            _log.warning(
+                "engine %s does not report cached tokens: start it with --enable-cache-report, "
+                "or hand-offs cannot be checked",
+                engine.id,
+            )
+
+
+def _open_journal(path: str | None) -> Journal | None:
+    return None if path is None else Journal(Path(path).open("a", encoding="utf-8"))

@@ -1,0 +1,204 @@
+"""Requests as the gateway reads them: the few fields it needs, everything else left as bytes.
+
+The body is scanned once (and so checked to be JSON) by a msgspec ``Struct`` that leaves messages,
+prompts and tools as ``Raw`` slices; it is forwarded as it came.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from conserve_serving.gateway.errors import InvalidRequestError
+
+#: Bytes of JSON per prompt token, until a conversation's own ratio has been observed.
+DEFAULT_BYTES_PER_TOKEN: Final = 4.0
+
+
+class Api(enum.Enum):
+    """The two completion APIs."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+
+
+class _Body(msgspec.Struct):
+    """What is read of a request body. Identity fields are checked where they are used."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: Raw | UnsetType = UNSET
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    messages: Raw | UnsetType = UNSET
+    prompt: Raw | UnsetType = UNSET
+    tools: Raw | UnsetType = UNSET
+    n: int | None = None
+    session_id: Raw | UnsetType = UNSET
+    session_params: Raw | UnsetType = UNSET
+    conversation: Raw | UnsetType = UNSET
+    conversation_id: Raw | UnsetType = UNSET
+    prompt_cache_key: Raw | UnsetType = UNSET
+    metadata: Raw | UnsetType = UNSET
+    litellm_session_id: Raw | UnsetType = UNSET
+
+
+_DECODER: Final = msgspec.json.Decoder(_Body)
+_IDS: Final = msgspec.json.Decoder(list[int])
+_MESSAGES: Final = msgspec.json.Decoder(list[Raw])
+_ANY: Final = msgspec.json.Decoder()
+#: ``Expected `int`, got `str` - at `$.max_tokens```
+_FIELD: Final = re.compile(r" - at `\$\.?([^`]*)`")
+_HEAD_BYTES: Final = 64
+#: A prompt that is one list of integers.
+_TOKEN_IDS: Final = re.compile(rb"\s*\[\s*\d")
+
+
+@dataclass(slots=True, kw_only=True)
+class TurnRequest:
+    """One turn as it was asked for.
+
+    Attributes:
+        content: raw JSON of the messages array or the prompt: what the prompt is made of.
+        tools: raw JSON of the tools, empty when there are none.
+        token_ids: the prompt's token ids, where it was given as such.
+        include_usage: the client itself asked for the usage event of a stream.
+        stream_options: the client's own, as a mapping.
+    """
+
+    api: Api
+    body: bytes
+    model: str
+    stream: bool
+    stream_options: dict[str, Any] | None
+    include_usage: bool
+    max_output_tokens: int | None
+    content: Raw
+    tools: bytes
+    token_ids: list[int] | None
+    _parsed: _Body
+
+    def identity(self) -> dict[str, Raw]:
+        """Fields of the body that may carry a conversation id, raw."""
+        return {
+            name: value
+            for name in IDENTITY_FIELDS
+            if isinstance(value := getattr(self._parsed, name), Raw)
+        }
+
+    def messages(self) -> list[Raw]:
+        """The messages, each as raw JSON. Only of chat requests."""
+        return _MESSAGES.decode(self.content)
+
+
+def parse_turn(api: Api, body: bytes) -> TurnRequest:
+    """Read a completion request.
+
+    Args:
+        api: which of the two APIs it came in on.
+        body: the whole request body.
+
+    Raises:
+        InvalidRequestError: not JSON, a field of the wrong type or missing; names the field.
+    """
+    try:
+        parsed = _DECODER.decode(body)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            f"the request body is not valid JSON: {error}", code="invalid_json"
+        ) from error
+    if not parsed.model:
+        raise InvalidRequestError("model is missing: name the served model", param="model")
+    content, token_ids = _content(api, parsed)
+    options = _stream_options(parsed.stream_options)
+    limit = parsed.max_completion_tokens
+    if limit is None:
+        limit = parsed.max_tokens
+    if limit is not None and limit < 0:
+        raise InvalidRequestError("max_tokens must not be negative", param="max_tokens")
+    return TurnRequest(
+        api=api,
+        body=body,
+        model=parsed.model,
+        stream=bool(parsed.stream),
+        stream_options=options,
+        include_usage=bool(options and options.get("include_usage")),
+        max_output_tokens=limit,
+        content=content,
+        tools=b"" if parsed.tools is UNSET else bytes(parsed.tools),
+        token_ids=token_ids,
+        _parsed=parsed,
+    )
+
+
+#: Body fields that may carry a conversation id, in the order they are believed.
+IDENTITY_FIELDS: Final = (
+    "session_id",
+    "session_params",
+    "conversation",
+    "conversation_id",
+    "prompt_cache_key",
+    "metadata",
+    "litellm_session_id",
+)
+
+
+def _content(api: Api, parsed: _Body) -> tuple[Raw, list[int] | None]:
+    if api is Api.CHAT:
+        if not isinstance(parsed.messages, Raw):
+            raise InvalidRequestError("messages is missing: send a list", param="messages")
+        head = bytes(memoryview(parsed.messages)[:_HEAD_BYTES])  # never a copy of it all
+        if not head.startswith(b"["):
+            raise InvalidRequestError("messages must be a list", param="messages")
+        if head[1:].lstrip().startswith(b"]"):
+            raise InvalidRequestError("messages is empty: send at least one", param="messages")
+        return parsed.messages, None
+    if not isinstance(parsed.prompt, Raw):
+        raise InvalidRequestError("prompt is missing: send text or token ids", param="prompt")
+    head = bytes(memoryview(parsed.prompt)[:_HEAD_BYTES]).lstrip()
+    if head.startswith(b'"'):
+        return parsed.prompt, None
+    if _TOKEN_IDS.match(head):
+        try:
+            return parsed.prompt, _IDS.decode(parsed.prompt)
+        except msgspec.DecodeError as error:
+            raise InvalidRequestError(
+                f"prompt is not a list of token ids: {error}", param="prompt"
+            ) from error
+    if head.startswith(b"["):
+        try:
+            count = len(_MESSAGES.decode(parsed.prompt))
+        except msgspec.DecodeError:
+            count = 0
+        if count >= 1:
+            raise InvalidRequestError(
+                "a list of prompts is several conversations: send one request for each",
+                param="prompt",
+            )
+    raise InvalidRequestError("prompt must be text or a list of token ids", param="prompt")
+
+
+def _stream_options(raw: Raw | UnsetType) -> dict[str, Any] | None:
+    if not isinstance(raw, Raw):
+        return None
+    options = _ANY.decode(raw)
+    if options is not None and not isinstance(options, dict):
+        raise InvalidRequestError("stream_options must be an object", param="stream_options")
+    return options
+
+
+def _wrong_type(error: msgspec.ValidationError) -> InvalidRequestError:
+    text = str(error)
+    found = _FIELD.search(text)
+    field = found.group(1) if found else None
+    detail = _FIELD.sub("", text)
+    if not field:
+        return InvalidRequestError(f"the request body must be a JSON object: {detail}")
+    return InvalidRequestError(f"{field}: {detail}", param=field)

@@ -1,0 +1,144 @@
+"""Sessions on the engines: what keeps an idle conversation's KV on the device between its turns.
+
+A conversation has a session on one engine at most, opened before its first turn there, closed when
+the scheduler parks it (its KV may then go to the host tier) or releases it, and opened again by
+its next turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from conserve_serving.core.types import ConversationId
+from conserve_serving.engines.http_errors import EngineHttpError, EngineRefused
+from conserve_serving.gateway.conversations import Conversation
+from conserve_serving.gateway.engine import Engine
+
+_log = logging.getLogger("conserve.gateway.sessions")
+
+
+class Background:
+    """Tasks nobody waits for; kept from being lost, and their failures from being silent."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        """Run ``work``; ``what`` names it in logs."""
+        task = asyncio.create_task(work, name=what)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed", task.get_name(), exc_info=error)
+
+    async def join(self, timeout_s: float) -> None:
+        """Wait for all of them, then cancel what is left."""
+        if self._tasks:
+            _, left = await asyncio.wait(self._tasks, timeout=timeout_s)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+
+def session_id(key: ConversationId) -> str:
+    """The engine's name for a conversation: says nothing about tenant or client."""
+    return f"cs-{xxh3_128_hexdigest(key.encode())}"
+
+
+class Sessions:
+    """Opens and closes sessions.
+
+    Args:
+        engine_of: the engine of an id, if it is known.
+        background: runs closings, which nobody waits for.
+        idle_timeout_s: engines end a session by themselves after this long (wall seconds).
+    """
+
+    def __init__(
+        self,
+        *,
+        engine_of: Callable[[str], Engine | None],
+        background: Background,
+        idle_timeout_s: Callable[[], float],
+    ) -> None:
+        self._engine_of = engine_of
+        self._background = background
+        self._idle_timeout_s = idle_timeout_s
+        self._closing: dict[ConversationId, asyncio.Task[None]] = {}
+
+    def open_already(self, conversation: Conversation, engine: Engine) -> str | None:
+        """The session's name if it is open there, without asking anybody."""
+        if conversation.session == (engine.id, engine.epoch) and engine.keeps_sessions:
+            return session_id(conversation.key)
+        return None
+
+    async def ensure(self, conversation: Conversation, engine: Engine) -> str | None:
+        """Have a session open for ``conversation`` on ``engine``.
+
+        Returns:
+            What to send as ``session_id``; None where the engine keeps no sessions.
+
+        Raises:
+            EngineHttpError: the engine could not be reached.
+        """
+        if not engine.keeps_sessions:
+            return None
+        name = self.open_already(conversation, engine)
+        if name is not None:
+            return name
+        here, name = (engine.id, engine.epoch), session_id(conversation.key)
+        if conversation.session is not None:
+            self.close(conversation)
+        closing = self._closing.get(conversation.key)
+        if closing is not None:  # opening must not overtake it
+            await asyncio.wait([closing])
+        conversation.session = here
+        capacity = engine.description.max_context_tokens if engine.description else 0
+        try:
+            await engine.client.open_session(
+                name, capacity_tokens=capacity, timeout_s=self._idle_timeout_s()
+            )
+        except EngineRefused as error:
+            if error.status in (404, 405, 501):
+                _log.warning("engine %s keeps no sessions: %s", engine.id, error)
+                engine.keeps_sessions = False
+                conversation.session = None
+                return None
+            # Refused because it is open already: a concurrent turn, or an earlier gateway, did it.
+        except BaseException:
+            conversation.session = None
+            raise
+        return name
+
+    def close(self, conversation: Conversation) -> None:
+        """Let the engine have the conversation's KV back. Returns at once."""
+        if conversation.session is None:
+            return
+        engine_id, epoch = conversation.session
+        conversation.session = None
+        engine = self._engine_of(engine_id)
+        if engine is None or engine.epoch != epoch or not engine.serving:
+            return
+        task = self._background.start(
+            self._close(engine, conversation.key), f"close session on {engine_id}"
+        )
+        self._closing[conversation.key] = task
+
+    async def _close(self, engine: Engine, key: ConversationId) -> None:
+        mine = asyncio.current_task()
+        try:
+            await engine.client.close_session(session_id(key))
+        except EngineHttpError as error:
+            _log.warning("closing a session on %s: %s", engine.id, error)
+        finally:
+            if self._closing.get(key) is mine:
+                del self._closing[key]

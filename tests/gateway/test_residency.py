@@ -1,0 +1,65 @@
+"""Sessions on engines: opened once, closed to park or to release, opened again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CHAT = "/v1/chat/completions"
+
+
+async def test_parked_conversation_gives_its_session_back_and_returns(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    cluster = await make_cluster(
+        0, [fake_engine(kv_capacity_tokens=1200)], tiers={"host_capacity_tokens": 5000}
+    )
+    decoder = cluster.decoders[0]
+    await cluster.chat("idle", "x" * 3000, max_tokens=1)
+    await cluster.chat("busy", "y" * 3000, max_tokens=1)  # room for one: the idle one is parked
+    await decoder.until("/close_session")
+    (opened, _) = decoder.bodies("/open_session")
+    assert decoder.bodies("/close_session") == [{"session_id": opened["session_id"]}]
+    path = "/conserve/v1/conversations/idle"
+    assert (await cluster.ask("GET", path)).json()["phase"] == "parked"
+    counters = (await cluster.ask("GET", "/conserve/v1/cluster")).json()["counters"]
+    assert counters["parks"] == 1
+    back = await cluster.chat("idle", "x" * 3000, "a", "b", max_tokens=1)
+    assert back.headers["x-conserve-reason"] == "pinned"
+    again = decoder.bodies("/open_session")[-1]
+    assert again["session_id"] == opened["session_id"]
+    assert (await cluster.ask("GET", path)).json()["phase"] == "idle"
+    cluster.settled()
+
+
+async def test_session_moves_with_its_conversation(make_cluster: Any) -> None:
+    cluster = await make_cluster(prefillers=0, scheduler={"policy": "round_robin"})
+    for number in range(3):
+        await cluster.chat("c", "hi", *["x"] * (2 * number))
+    first, second = cluster.decoders
+    homes = sorted(len(d.bodies(CHAT)) for d in cluster.decoders)
+    assert homes == [1, 2]
+    await first.until("/open_session")
+    await second.until("/open_session")
+    # At most one session is left open, wherever the last turn ran.
+    await cluster.until(lambda: sum(len(d.bodies("/close_session")) for d in cluster.decoders) == 2)
+    assert sum(len(d.bodies("/open_session")) for d in cluster.decoders) == 3
+
+
+async def test_expired_conversation_is_released(make_cluster: Any) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1, scheduler={"idle_timeout_s": 0.05})
+    await cluster.chat("c", "hi")
+    await cluster.decoders[0].until("/close_session")
+    seen = (await cluster.ask("GET", "/conserve/v1/conversations/c")).json()
+    assert seen["state"] == "ended"
+    assert cluster.gateway.runtime.scheduler.open_conversations == 0
+    cluster.settled()
+
+
+async def test_memory_of_conversations_is_bounded(make_cluster: Any) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1, gateway={"max_conversations": 3})
+    for number in range(8):
+        assert (await cluster.chat(f"c{number}", "hi")).status == 200
+    assert len(cluster.gateway.conversations) == 3
+    assert cluster.gateway.runtime.scheduler.open_conversations == 3
+    assert (await cluster.ask("GET", "/conserve/v1/conversations/c0")).status == 404
+    cluster.settled()
