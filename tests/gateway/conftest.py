@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import uvloop
 
 from conserve_serving.core.types import Tier
 from conserve_serving.engines.http import HttpPool, Response
@@ -23,6 +24,19 @@ from conserve_serving.gateway.gateway import Gateway
 from conserve_serving.gateway.server import GatewayServer
 
 PAGE = 16
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop the product runs on; the server itself on the standard one as well."""
+    loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.new_event_loop}
+    if item.path.stem == "test_http_server":
+        loops["asyncio"] = asyncio.new_event_loop
+    return loops
+
+
 MODEL = "qwen"
 
 

@@ -63,3 +63,16 @@ async def test_memory_of_conversations_is_bounded(make_cluster: Any) -> None:
     assert cluster.gateway.runtime.scheduler.open_conversations == 3
     assert (await cluster.ask("GET", "/conserve/v1/conversations/c0")).status == 404
     cluster.settled()
+
+
+async def test_session_that_the_engine_forgot_is_opened_again(
+    make_cluster: Any, reply: Any
+) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1)
+    decoder = cluster.decoders[0]
+    await cluster.chat("c", "hi")
+    gone = b'{"message": "Invalid request: session id cs-1 does not exist", "code": 400}'
+    decoder.replies.append(reply(status=400, body=gone))
+    assert (await cluster.chat("c", "hi", "a", "b")).status == 200
+    assert len(decoder.bodies("/open_session")) == 2
+    cluster.settled()

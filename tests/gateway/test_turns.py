@@ -249,7 +249,8 @@ async def test_placement_token_brings_a_conversation_home(make_cluster: Any, bod
         first.headers["x-conserve-placement"],
     )
     restarted = await make_cluster(prefillers=0, decoders=cluster.decoders, gateway=key, wait=True)
-    tail = await restarted.chat("c", "hello", "hi", "how?", headers={"x-conserve-placement": token})
+    named = {"x-conserve-placement": token, "x-conserve-turn-index": "2"}
+    tail = await restarted.chat("c", "hello", "hi", "how?", headers=named)
     assert tail.headers["x-conserve-decode-engine"] == home
     assert tail.headers["x-conserve-reason"] in ("pinned", "adopted")
     assert tail.headers["x-conserve-turn-index"] == "2"
@@ -271,3 +272,24 @@ async def test_models_health_ready_metrics_tokenize(make_cluster: Any) -> None:
     assert 'conserve_turns_total{outcome="finished"} 1.0' in text
     assert 'conserve_engine_kv_tokens{engine="d0",kind="capacity",tier="decode"}' in text
     assert "some-secret-id" not in text
+
+
+async def test_turn_index_of_a_conversation_that_lived_before(make_cluster: Any) -> None:
+    cluster = await make_cluster(prefillers=0)
+    answer = await cluster.chat("c", "hi", "a", "b", headers={"x-conserve-turn-index": "2"})
+    assert answer.headers["x-conserve-turn-index"] == "2"
+    third = await cluster.chat("c", "hi", "a", "b", "c", "d")
+    assert third.headers["x-conserve-turn-index"] == "3"
+
+
+async def test_decisions_are_journalled_while_the_gateway_runs(
+    make_cluster: Any, tmp_path: Any
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    cluster = await make_cluster(
+        prefillers=0, gateway={"decision_journal": str(path), "stall_timeout_s": 0.2}
+    )
+    await cluster.chat("c", "hi")
+    await cluster.until(lambda: "TurnFinished" in path.read_text())
+    kinds = [json.loads(line)["event"]["kind"] for line in path.read_text().splitlines()]
+    assert kinds.index("TurnArrived") < kinds.index("TurnFinished")

@@ -18,7 +18,7 @@ from conserve_serving.gateway.errors import (
     normalise_upstream,
 )
 from conserve_serving.gateway.gateway import Gateway
-from conserve_serving.gateway.http_server import Exchange, Headers, Request
+from conserve_serving.gateway.http_exchange import Exchange, Headers, Request
 from conserve_serving.gateway.metrics import Exposition
 from conserve_serving.gateway.request import Api, parse_turn
 

@@ -182,6 +182,10 @@ class Attempt:
         """The engine answered with an error status: its own trouble, or the request's fault."""
         body = await response.read()
         status = response.status
+        if status == 400 and b"session" in body and b"does not exist" in body:
+            # The engine ended the session by itself (its own time-out): open another.
+            self._turn.conversation.session = None
+            raise EngineAnsweredError(self.decoder.client.pool.origin, "knows the session no more")
         if status in _RETRYABLE:
             text = body[:300].decode("utf-8", "replace")
             raise EngineAnsweredError(self.decoder.client.pool.origin, f"answered {status}: {text}")

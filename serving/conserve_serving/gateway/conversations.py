@@ -121,6 +121,11 @@ class Conversation:
         self.recent: deque[TurnSummary] | None = None
 
     # --- turns -------------------------------------------------------------------------------
+    @property
+    def is_new(self) -> bool:
+        """Whether no turn of it has been seen yet."""
+        return self.turns == 0 and self.running == 0 and self.turn_ids is None
+
     def turn_index(self, turn_id: str | None, relation: Relation) -> int:
         """The index of a turn that arrives now: a client's retry gets the one it had.
 

@@ -169,6 +169,7 @@ class Gateway:
             now_s = self.wall()
             for turn in list(self._turns.values()):
                 turn.check_progress(now_s, limit_s)
+            self.runtime.flush()
 
     # --- turns -------------------------------------------------------------------------------
     def begin_turn(
@@ -182,6 +183,8 @@ class Gateway:
         self.check_model(request.model)
         tags = self.identity.resolve(headers, request.identity)
         conversation, relation = self._identify(request, tags)
+        if tags.turn_index is not None and conversation.is_new:
+            conversation.turns = tags.turn_index - 1  # it lived before this gateway did
         mark, kept_bytes = PrefixMark(request), 0
         if conversation.mark is not None:
             relation, kept_bytes = conversation.mark.compare(mark, request)

@@ -13,14 +13,12 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Final, Protocol, cast
 
 import httptools
 
 from conserve_serving.gateway.errors import ApiError, BodyTooLargeError, InvalidRequestError
-
-Headers = list[tuple[bytes, bytes]]
+from conserve_serving.gateway.http_exchange import Exchange, Request
 
 _BACKLOG: Final = 2048
 _MAX_HEAD_BYTES: Final = 64 * 1024
@@ -28,39 +26,6 @@ _MAX_PIPELINED: Final = 4
 _IDLE_S: Final = 75.0
 _SWEEP_S: Final = 5.0
 _LINGER_S: Final = 2.0
-_STATUS_LINES: Final = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
-}
-_NO_BODY: Final = frozenset({204, 304})
-
-
-class Request:
-    """One complete request. Header names are in lower case."""
-
-    __slots__ = ("_chunks", "body", "headers", "method", "query", "raw_path", "size")
-
-    def __init__(self) -> None:
-        self.method = ""
-        self.raw_path = b""
-        self.query = b""
-        self.headers: Headers = []
-        self.body = b""
-        self.size = 0
-        self._chunks: list[bytes] = []
-
-    @property
-    def path(self) -> str:
-        """The path as it came, still percent-encoded."""
-        return self.raw_path.decode("latin-1")
-
-    def add(self, chunk: bytes) -> None:
-        self._chunks.append(chunk)
-        self.size += len(chunk)
-
-    def seal(self) -> None:
-        chunks = self._chunks
-        self.body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._chunks = []
 
 
 class Handler(Protocol):
@@ -69,109 +34,7 @@ class Handler(Protocol):
     def handle(self, request: Request, exchange: Exchange) -> None: ...
 
 
-class Exchange:
-    """The response to one request; a ``relay.Client``.
-
-    Attributes:
-        on_gone: called once if the client leaves before the response is complete.
-        status: of the response, once started.
-    """
-
-    __slots__ = (
-        "_chunked",
-        "_connection",
-        "_head",
-        "_keep_alive",
-        "_no_body",
-        "_version_1_0",
-        "finished",
-        "on_gone",
-        "started",
-        "status",
-    )
-
-    def __init__(
-        self, connection: _Connection, *, keep_alive: bool, version_1_0: bool, no_body: bool
-    ) -> None:
-        self._connection = connection
-        self._keep_alive = keep_alive
-        self._version_1_0 = version_1_0
-        self._no_body = no_body
-        self._head = b""
-        self._chunked = False
-        self.started = False
-        self.finished = False
-        self.status = 0
-        self.on_gone: Callable[[], None] | None = None
-
-    async def start(self, status: int, headers: Headers, block: bytes = b"") -> None:
-        """Set status and headers; they leave with the first part of the body.
-
-        Args:
-            status: HTTP status.
-            headers: names in lower case.
-            block: further header lines, each with its line end.
-        """
-        self._start(status, headers, block)
-
-    async def write(self, data: bytes) -> None:
-        """Send a part of the body; returns when the client can take more."""
-        connection = self._connection
-        connection.send(self._frame(data))
-        if connection.write_paused:
-            await connection.drained()
-
-    async def finish(self, data: bytes = b"") -> None:
-        """Send the last part of the body; what comes after it is ignored."""
-        if not self.finished:
-            self._finish(data)
-
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send a whole response at once."""
-        self._start(status, [*headers, (b"content-length", b"%d" % len(body))], b"")
-        self._finish(body)
-
-    def _start(self, status: int, headers: Headers, block: bytes) -> None:
-        self.started = True
-        self.status = status
-        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        sized = self._no_body or status in _NO_BODY
-        for name, value in headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
-            if name == b"content-length":
-                sized = True
-        if not sized:
-            if self._version_1_0:
-                self._keep_alive = False
-            else:
-                self._chunked = True
-                lines.append(b"transfer-encoding: chunked\r\n")
-        if self._connection.closing:
-            self._keep_alive = False
-        if not self._keep_alive:
-            lines.append(b"connection: close\r\n")
-        elif self._version_1_0:
-            lines.append(b"connection: keep-alive\r\n")
-        lines += (block, b"\r\n")
-        self._head = b"".join(lines)
-
-    def _frame(self, data: bytes) -> bytes:
-        head, self._head = self._head, b""
-        if self._no_body or not data:
-            return head
-        if self._chunked:
-            return b"%b%x\r\n%b\r\n" % (head, len(data), data)
-        return head + data if head else data
-
-    def _finish(self, data: bytes) -> None:
-        self.finished = True
-        out = self._frame(data)
-        if self._chunked and not self._no_body:
-            out += b"0\r\n\r\n"
-        self._connection.complete(out, keep_alive=self._keep_alive)
-
-
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One client's connection: one exchange at a time, others wait in line."""
 
     __slots__ = (
@@ -349,7 +212,7 @@ class _Connection(asyncio.Protocol):
         request.seal()
         exchange = Exchange(
             self,
-            keep_alive=self._parser.should_keep_alive(),
+            keep_alive=self._parser.should_keep_alive() and not self._parser.should_upgrade(),
             version_1_0=self._parser.get_http_version() == "1.0",
             no_body=request.method == "HEAD",
         )
@@ -405,7 +268,7 @@ class HttpServer:
         self.handler = handler
         self.max_body_bytes = max_body_bytes
         self.on_response = on_response
-        self.connections: set[_Connection] = set()
+        self.connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -413,7 +276,7 @@ class HttpServer:
         """Accept connections on a bound socket."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Connection(self), sock=listener, backlog=_BACKLOG
+            lambda: Connection(self), sock=listener, backlog=_BACKLOG
         )
         self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
 

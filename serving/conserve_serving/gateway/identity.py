@@ -98,6 +98,11 @@ class Tags:
     placement: str | None = None
     final: bool = False
 
+    @property
+    def counted_exactly(self) -> bool:
+        """Whether the client counted its first turn with the model's own tokenizer."""
+        return self.token_counter is not None and self.token_counter.startswith(("server", "hf:"))
+
 
 def scoped(tenant: str, model: str, conversation: str) -> ConversationId:
     """The id the scheduler knows a conversation by: scoped, so that tenants cannot collide."""

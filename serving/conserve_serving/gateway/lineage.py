@@ -13,6 +13,7 @@ history was changed, for instance compacted).
 from __future__ import annotations
 
 import enum
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import takewhile
@@ -140,10 +141,13 @@ class PrefixMark:
         content = memoryview(request.content)[:-1]
         length = self._length = len(content)
         whole = min(length // _BLOCK_BYTES, _MAX_BLOCKS) * _BLOCK_BYTES
-        self._blocks = [
-            xxh3_64_intdigest(content[start : start + _BLOCK_BYTES])
-            for start in range(0, whole, _BLOCK_BYTES)
-        ]
+        self._blocks = array(
+            "Q",
+            [
+                xxh3_64_intdigest(content[start : start + _BLOCK_BYTES])
+                for start in range(0, whole, _BLOCK_BYTES)
+            ],
+        )
         self._tail = xxh3_64_intdigest(content[whole : whole + _BLOCK_BYTES])
         self._tools = xxh3_64_intdigest(request.tools) if request.tools else 0
 
@@ -169,7 +173,6 @@ class PrefixMark:
             if xxh3_64_intdigest(content[whole : whole + tail]) == self._tail:
                 again = latest._length == self._length
                 return (Relation.REPLAY if again else Relation.EXTEND), self._length
-        kept = len(
-            list(takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False)))
-        )
+        pairs = zip(mine, theirs, strict=False)
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         return Relation.REWRITE, kept * _BLOCK_BYTES

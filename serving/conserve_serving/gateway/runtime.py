@@ -75,8 +75,12 @@ class Journal:
         """Note one call of the scheduler."""
         self._file.write(self._encode(to_record(now_s, event, decisions)).decode() + "\n")
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Write out what is buffered."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write out what is buffered, and close the file."""
         self._file.close()
 
 
@@ -168,6 +172,11 @@ class Runtime:
     def _fire(self) -> None:
         self._timer = None
         self.handle(TimerFired())
+
+    def flush(self) -> None:
+        """Write out what the journal has buffered."""
+        if self._journal is not None:
+            self._journal.flush()
 
     def close(self) -> None:
         """Stop the timer and close the journal."""

@@ -106,6 +106,8 @@ class Turn:
     def start(self) -> asyncio.Task[None]:
         """Run the turn; the task ends when the client has its answer or has left."""
         self.task = asyncio.create_task(self._run())
+        # Not in the task itself: one cancelled before its first step never runs.
+        self.task.add_done_callback(lambda _: self.gateway.forget_turn(self))
         return self.task
 
     def deliver(self, decision: Place | Hold | Reject | CloseTurn) -> None:
@@ -216,13 +218,15 @@ class Turn:
             self.waited_s += gateway.wall() - since_s
         if self.ids is not None:
             self.prompt_tokens = len(self.ids)
+        elif self.index == 1 and self.tags.counted_exactly and self.tags.first_turn_tokens:
+            self.prompt_tokens = self.tags.first_turn_tokens
         else:
             self.prompt_tokens = conversation.estimate_prompt_tokens(len(self.request.content))
 
     def _arrival(self) -> TurnArrived:
         conversation, tags = self.conversation, self.tags
         hint = None
-        if tags.placement is not None and conversation.turns == 0:
+        if tags.placement is not None and conversation.context_tokens == 0:  # unknown here
             hint = self.gateway.signer.read(conversation.key, tags.placement)
             if hint is not None:
                 conversation.turns = hint.turns
@@ -342,7 +346,6 @@ class Turn:
                 self._outcome = Outcome.ABORTED
             self._summarise(self._place, None, 0)
         gateway.metrics.turn_s.observe(gateway.wall() - self.arrived_s)
-        gateway.forget_turn(self)
 
     def _summarise(self, place: Place | None, usage: Usage | None, cached_tokens: int) -> None:
         self._noted = True
