@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from conserve_serving.engines.emulated.errors import ApiError
+from conserve_serving.engines.emulated.lift import paths_in
 from conserve_serving.engines.emulated.protocol import Message, ResponseFormat, Tool
 from conserve_serving.engines.emulated.script import MAX_ROUNDS, Reply, answer_chat
 
@@ -278,3 +279,8 @@ def test_answers_say_they_are_emulated_and_differ_between_questions() -> None:
     assert "emulated" in one
     assert one != other
     assert one == ask("hi").content
+
+
+def test_paths_that_a_search_found_come_before_what_only_looks_like_one() -> None:
+    text = "at 2 conversations/s see core/x.py\nREADME.md:3: serving\ndocs/a.md:14: more"
+    assert paths_in(text) == ["README.md", "docs/a.md", "core/x.py", "conversations/s"]

@@ -94,6 +94,9 @@ def stems_of(text: str) -> set[str]:
     return {stem(word) for word in words_of(text) if word not in _STOP_WORDS and len(word) > 1}
 
 
+_LINE_NUMBER = re.compile(r":\d+:")
+
+
 def is_path(token: str) -> bool:
     """Whether a word looks like the path of a file or folder."""
     if token.lower().rstrip(".") in _NOT_PATHS or "://" in token or "@" in token:
@@ -104,10 +107,20 @@ def is_path(token: str) -> bool:
 
 
 def paths_in(text: str) -> list[str]:
-    """Paths named in a text, in order, each once."""
+    """Paths named in a text, each once: those a search gives with a line number first, then those
+    with an extension, then the rest; otherwise in order."""
     text = _URL.sub(" ", text)
-    found = (match.group().rstrip(".") for match in _PATHISH.finditer(text))
-    return list(dict.fromkeys(token for token in found if is_path(token)))
+    found: dict[str, int] = {}
+    for match in _PATHISH.finditer(text):
+        token = match.group().rstrip(".")
+        if not is_path(token):
+            continue
+        if _LINE_NUMBER.match(text, match.end()):
+            sort = 0
+        else:
+            sort = 1 if _WITH_EXTENSION.fullmatch(token.rpartition("/")[2]) else 2
+        found[token] = min(sort, found.get(token, sort))
+    return sorted(found, key=lambda token: found[token])
 
 
 def _shorten(text: str) -> str:
