@@ -23,6 +23,7 @@ from conserve_serving.core.events import (
     TurnFailed,
     TurnFinished,
 )
+from conserve_serving.core.state import ConversationState, Phase, TurnState
 from conserve_serving.core.types import (
     ConversationId,
     EngineId,
@@ -65,13 +66,30 @@ def joined(
     )
 
 
+# No turn puts out more.
+MAX_OUTPUT = 800
+
+
+def live_turns(scheduler: Scheduler) -> list[TurnState]:
+    """The scheduler's own records of the turns that have not ended."""
+    return list(scheduler._turns.values())
+
+
 class Chaos:
     """Engines, conversations and turns in any state; every operation is legal at any time."""
 
-    def __init__(self, policy: str, *, tier_mode: TierMode = TierMode.DEDICATED) -> None:
+    def __init__(
+        self, policy: str, *, tier_mode: TierMode = TierMode.DEDICATED, tight: bool = False
+    ) -> None:
+        """With ``tight``, engines hold two or three contexts, and no room is kept for growth."""
         settings = SchedulerSettings(
-            tier_mode=tier_mode, max_hold_s=20.0, idle_timeout_s=300.0, max_waiting_turns=6
+            tier_mode=tier_mode,
+            max_hold_s=20.0,
+            idle_timeout_s=300.0,
+            max_waiting_turns=6,
+            headroom=0.0 if tight else 1.0,
         )
+        self.tight = tight
         self.scheduler = Scheduler(settings, make_policy(policy, settings))
         self.sticky = self.scheduler.policy.sticky
         self.now_s = 0.0
@@ -82,20 +100,77 @@ class Chaos:
         self.plans: dict[TurnId, Place] = {}
         self.stale: list[Event] = []
         self.arrived: dict[TurnId, ConversationId] = {}
+        self.prompts: dict[TurnId, int] = {}
         self.outcomes: dict[TurnId, Outcome] = {}
         self.handed_over: set[TurnId] = set()
-        self.first_transfers: Counter[ConversationId] = Counter()
+        self.first_transfers: Counter[ConversationState] = Counter()
         self.wake_s: float | None = None
-        self.holding: set[TurnId] = set()
+        self.holding: dict[TurnId, Hold] = {}
 
     # --- driving -----------------------------------------------------------------------------
     def send(self, event: Event) -> list[Decision]:
+        counted = self.scheduler.counters.transfers
+        place = self.plans.get(event.turn) if isinstance(event, HandoffFinished) else None
+        state = self.scheduler.conversation(place.conversation) if place is not None else None
+        before = counted[TransferReason.FIRST_TURN]
         decisions = self.scheduler.handle(event, now_s=self.now_s)
+        if state is not None and counted[TransferReason.FIRST_TURN] > before:
+            self.first_transfers[state] += 1
+            assert self.first_transfers[state] == 1, "a second transfer has its own reason"
         self.log.append((self.now_s, event, decisions))
         for decision in decisions:
             self.follow(decision)
         self.scheduler.check_invariants(recount=True)
+        self.check_waiting()
         return decisions
+
+    def check_waiting(self) -> None:
+        """Whoever waits will be woken, waits for somebody, and waits for no room that is there."""
+        turns = {turn.id: turn for turn in live_turns(self.scheduler)}
+        waiting = {turn_id for turn_id, turn in turns.items() if turn.phase is Phase.WAITING}
+        assert waiting == self.holding.keys()
+        if waiting:
+            assert self.wake_s is not None
+            assert self.wake_s <= min(hold.until_s for hold in self.holding.values())
+        engines = self.scheduler.engines
+        for engine in engines.values():
+            for turn in engine.waiting.values():
+                assert turn.id in waiting
+                assert turn.waits_at is engine
+        for turn_id in waiting:
+            turn = turns[turn_id]
+            conversation = turn.conversation
+            if conversation.opening is not None:
+                assert conversation.opening.phase in (Phase.PREFILL, Phase.HANDOFF)
+                continue
+            assert turn_id in self.scheduler._waiting, "it waits for nobody"
+            if self.wake_s is not None and self.wake_s <= self.now_s:
+                continue  # more will be tried at once
+            if not self.sticky:
+                continue
+            home = conversation.home
+            if home is None or home.lost:
+                self.check_no_room_anywhere(turn)
+                continue
+            assert turn.waits_at is home
+            if turn.prompt_tokens < home.longest_context_tokens:
+                most = home.pages(turn.prompt_tokens + MAX_OUTPUT)
+                need = max(most - conversation.resident, conversation.parked)
+                assert home.free_tokens < need, "there is room and it waits"
+
+    def check_no_room_anywhere(self, turn: TurnState) -> None:
+        if not self.tight or turn.avoid is not None:
+            return
+        offered = [e for e in self.scheduler.engines.values() if not e.draining]
+        for engine in offered:
+            prefillers = [e for e in offered if e.tier is Tier.PREFILL and e is not engine]
+            assert not (
+                self.scheduler.policy.hosts(engine)
+                and turn.prompt_tokens < engine.longest_context_tokens
+                and engine.free_tokens >= engine.pages(turn.prompt_tokens + MAX_OUTPUT)
+                and (turn.conversation.turns or not engine.waiting)
+                and all(e.free_tokens >= e.pages(turn.prompt_tokens) for e in prefillers)
+            ), "there is room somewhere and it waits"
 
     def follow(self, decision: Decision) -> None:
         if isinstance(decision, Place):
@@ -105,18 +180,25 @@ class Chaos:
             assert decision.prefiller is None or decision.prefiller in self.alive
             assert (decision.prefiller is None) == (decision.transfer is None)
             assert decision.prefiller != decision.decoder
+            assert decision.decoder not in self.draining or self.lives_at(decision)
+            assert decision.prefiller not in self.draining
+            state = self.scheduler.conversation(decision.conversation)
+            assert decision.priority == (1 if state is not None and state.turns else 0)
+            room = self.scheduler.engines[decision.decoder].longest_context_tokens
+            assert self.prompts[decision.turn] < room
             self.plans[decision.turn] = decision
             self.handed_over.discard(decision.turn)
-            self.holding.discard(decision.turn)
+            self.holding.pop(decision.turn, None)
         elif isinstance(decision, CloseTurn):
             assert decision.turn not in self.outcomes, "a turn ended twice"
             self.outcomes[decision.turn] = decision.outcome
             self.plans.pop(decision.turn, None)
-            self.holding.discard(decision.turn)
+            self.holding.pop(decision.turn, None)
         elif isinstance(decision, Hold):
             assert decision.until_s >= self.now_s
             self.plans.pop(decision.turn, None)
-            self.holding.add(decision.turn)
+            assert decision.waits_for
+            self.holding[decision.turn] = decision
         elif isinstance(decision, Reject):
             assert decision.retry_after_s is None or decision.retry_after_s > 0
         elif isinstance(decision, WakeAt):
@@ -142,7 +224,13 @@ class Chaos:
         elif kind == 6 and self.arrived:
             self.abort(sorted(self.arrived)[a % len(self.arrived)])
         elif kind == 7 and self.log:
-            self.send(self.log[-1 - a % min(len(self.log), 40)][1])  # again, late or twice
+            event = self.log[-1 - a % min(len(self.log), 40)][1]  # again, late or twice
+            if not isinstance(event, EngineJoined | EngineLost | EngineDraining):
+                self.send(event)
+            elif event.epoch == self.epochs[event.engine] and event.engine in self.alive:
+                self.follow_engine(event)
+            else:
+                assert not [d for d in self.send(event) if isinstance(d, Place)], "stale, and heard"
         elif kind <= 11:
             self.arrive(a, b)
         elif self.plans:
@@ -157,10 +245,22 @@ class Chaos:
                 engine,
                 Tier.PREFILL if engine[0] == "p" else Tier.DECODE,
                 epoch=self.epochs[engine],
-                capacity=2_000 + 400 * b,
-                host=(b % 3) * 2_000,
+                capacity=1_000 + 80 * b if self.tight else 2_000 + 400 * b,
+                host=(b % 3) * (600 if self.tight else 2_000),
             )
         )
+
+    def follow_engine(self, event: EngineJoined | EngineLost | EngineDraining) -> None:
+        """An engine event told again while it is still news of the present incarnation."""
+        if isinstance(event, EngineLost):
+            self.alive.discard(event.engine)
+        elif isinstance(event, EngineDraining):
+            self.draining.add(event.engine)
+        self.send(event)
+
+    def lives_at(self, place: Place) -> bool:
+        state = self.scheduler.conversation(place.conversation)
+        return state is not None and state.home is not None and state.home.id == place.decoder
 
     def lose(self, engine: str) -> None:
         self.alive.discard(engine)
@@ -191,6 +291,7 @@ class Chaos:
         turn = TurnId(f"t{len(self.arrived):04d}")
         conversation = ConversationId(f"c{a % 8}")
         self.arrived[turn] = conversation
+        self.prompts[turn] = max(1, 40 * b + a)
         hint = None
         if b % 7 == 0:
             hint = PlacementHint(
@@ -215,11 +316,10 @@ class Chaos:
             self.send(TurnFailed(turn=turn, plan=plan, engine=at, retryable=b % 20 == 0))
         elif place.prefiller is not None and turn not in self.handed_over and b % 10 != 1:
             if b % 2:
-                self.send(PrefillFinished(turn=turn, plan=plan, prompt_tokens=10 * b))
+                self.send(PrefillFinished(turn=turn, plan=plan, prompt_tokens=38 * b))
+                self.prompts[turn] = max(1, 38 * b)
             fallback = Fallback.ACK_LATE if b % 5 == 0 else None
             self.handed_over.add(turn)
-            if fallback is None and place.transfer is TransferReason.FIRST_TURN:
-                self.first_transfers[place.conversation] += 1
             self.send(
                 HandoffFinished(
                     turn=turn, plan=plan, moved_tokens=10 * b, duration_s=0.01, fallback=fallback
@@ -231,7 +331,7 @@ class Chaos:
                     turn=turn,
                     plan=plan,
                     prompt_tokens=30 * b + 1,
-                    output_tokens=20 * b,
+                    output_tokens=min(MAX_OUTPUT, 20 * b),
                     cached_tokens=b,
                 )
             )

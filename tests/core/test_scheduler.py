@@ -97,9 +97,8 @@ def test_least_outstanding_prefill_work_by_each_prefillers_own_speed() -> None:
     world.engine("p1", Tier.PREFILL)
     world.engine("d0", capacity=1_000_000)
     places = [one(world.arrive(f"t{i}", f"c{i}", 10_000), Place).prefiller for i in range(7)]
-    # p0 (first by name) takes one, then p1 is done sooner with five more than p0 with its one.
-    assert places.count("p0") == 2
-    assert places[:2] == ["p0", "p1"]
+    # p1 is done with five of them before p0 is with one: the idle one is not always the answer.
+    assert places == ["p1", "p1", "p1", "p1", "p0", "p1", "p1"]
 
 
 def test_decoder_with_most_free_kv_weighed_by_step_time() -> None:

@@ -1,4 +1,4 @@
-"""Carrying a choice out: placing, holding, waking, moving. The decisions are written here.
+"""Carrying a choice out: placing, holding, waking, moving.
 
 `core.scheduler` says when; the policy says where; this module books it in the ledger and emits
 the decision, always in that order, so that no decision is ever given that the books do not hold.
@@ -7,11 +7,12 @@ the decision, always in that order, so that no decision is ever given that the b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Final
 
 from conserve_serving.core import ledger
+from conserve_serving.core.announce import Announcer
 from conserve_serving.core.counters import Counters
-from conserve_serving.core.decisions import Decision, Hold, Park, Place, Release
 from conserve_serving.core.growth import GrowthModel
 from conserve_serving.core.placement import Placer
 from conserve_serving.core.settings import SchedulerSettings
@@ -22,6 +23,8 @@ from conserve_serving.core.waiting import WaitingRoom
 
 # Rounds of waking in one event: a turn that moves frees room where it was.
 _WAKE_ROUNDS: Final = 4
+# Engines tried for one turn whose idle conversations turn out too large for the host tier.
+_PARK_TRIES: Final = 4
 _REPLACED: Final[Mapping[TransferReason, Reason]] = {
     TransferReason.FIRST_TURN: Reason.FIRST_TURN_HANDOFF,
     TransferReason.ENGINE_LOST: Reason.REPLACED_ENGINE_LOST,
@@ -33,37 +36,35 @@ _REPLACED: Final[Mapping[TransferReason, Reason]] = {
 
 
 class Dispatcher:
-    """Places turns or lets them wait. Owned by one scheduler, which sets `now_s` and `out`."""
+    """Places turns or lets them wait. Owned by one scheduler, which sets `now_s`."""
 
     def __init__(self, settings: SchedulerSettings, policy: Policy, counters: Counters) -> None:
         self.now_s = 0.0
-        self.out: list[Decision] = []
         self.growth = GrowthModel(settings.output_reserve_tokens)
         self.placer = Placer(settings, policy, self.growth)
         self.waiting = WaitingRoom()
         self._settings = settings
         self._policy = policy
         self._counters = counters
-        self._plan = 0
+        self.say = Announcer(counters)
         self._freed: dict[EngineId, EngineState] = {}
 
     def dispatch(self, turn: TurnState) -> Reason | None:
         """Place the turn now or let it wait; returns why it is refused if neither can be."""
         conversation = turn.conversation
-        opening = conversation.opening
-        if opening is not None and opening is not turn:
-            if conversation.behind is None:
-                conversation.behind = []
-            conversation.behind.append(turn)
-            self._hold(turn, Reason.HELD_BEHIND_FIRST_TURN, f"turn {opening.id} is prefilled")
+        limit = self._settings.max_waiting_turns
+        if self._is_behind(turn):
+            if len(conversation.behind or ()) >= limit:
+                return Reason.QUEUE_FULL
+            self._line_up(turn)
             return None
         if self._try_place(turn):
             return None
         home = self.home(conversation)
         is_new = home is None and conversation.turns == 0
-        if is_new and self.waiting.new_turns >= self._settings.max_waiting_turns:
+        if is_new and self.waiting.new_turns >= limit:
             return Reason.QUEUE_FULL
-        self.waiting.add(turn, home)
+        self.waiting.add(turn, self._waiting_place(turn))
         if self.placer.has_hosts:
             self._hold(turn, Reason.HELD_NO_ROOM, "a turn or a conversation ends")
         else:
@@ -72,22 +73,87 @@ class Dispatcher:
 
     def wake(self) -> None:
         """Room appeared on some engines: tail turns first, then new conversations, oldest first."""
+        again: dict[EngineId, EngineState] = {}
         for _ in range(_WAKE_ROUNDS):
             freed, self._freed = self._freed, {}
             for engine in freed.values():
-                if engine.lost or not len(self.waiting):
+                waiting = len(self.waiting)
+                if engine.lost or not waiting:
                     continue
-                for turn in self.waiting.candidates(engine):
-                    if turn.phase is Phase.WAITING and self._try_place(turn):
-                        self.waiting.remove(turn)
+                candidates = self.waiting.candidates(engine, self.placer.room_tokens(), self.now_s)
+                for turn in candidates:
+                    if turn.waits_at is engine:  # whose home this was may have none any more
+                        self.waiting.settle(turn, self._waiting_place(turn))
+                placed = [turn for turn in candidates if self._retry(turn)]
+                if placed and len(candidates) < waiting:
+                    again[engine.id] = engine  # there may be room for more than were tried
             if not self._freed:
                 break
+        self._freed.update(again)
+        if not len(self.waiting):
+            self._freed.clear()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether room is left over that waiting turns have yet to be tried for."""
+        return bool(self._freed)
 
     def recheck(self) -> None:
         """Try the turns again whose patience has ended by now."""
         for turn in self.waiting.due_rechecks(self.now_s):
-            if self._try_place(turn):
-                self.waiting.remove(turn)
+            self._retry(turn)
+
+    def leave(self, turn: TurnState) -> None:
+        """A waiting turn waits no more, without having been placed."""
+        at = turn.waits_at
+        self.waiting.remove(turn)
+        if at is not None and not at.lost:
+            self.free(at)  # what it kept others from is theirs now
+
+    def orphan(self, engine: EngineState) -> None:
+        """The engine is gone: the turns that waited for its room are tried elsewhere, at once or,
+        where they are many, in the next events."""
+        for turn in list(engine.waiting.values()):
+            self.waiting.settle(turn, None)
+            self.waiting.recheck(turn, self.now_s)
+        self.recheck()
+
+    def _retry(self, turn: TurnState) -> bool:
+        """Try a turn of the waiting room again; whether it was placed."""
+        if turn.id not in self.waiting:
+            return False
+        if self._is_behind(turn):
+            self.leave(turn)
+            self._line_up(turn)
+            return False
+        if self._try_place(turn):
+            self.waiting.remove(turn)
+            return True
+        self.waiting.settle(turn, self._waiting_place(turn))
+        return False
+
+    def _is_behind(self, turn: TurnState) -> bool:
+        """Whether another turn is about to bring the KV that this one needs."""
+        opening = turn.conversation.opening
+        return opening is not None and opening is not turn
+
+    def _line_up(self, turn: TurnState) -> None:
+        conversation = turn.conversation
+        opening = conversation.opening
+        conversation.waits(turn)
+        what = f"turn {opening.id} is prefilled" if opening is not None else ""
+        self._hold(turn, Reason.HELD_BEHIND_FIRST_TURN, what)
+
+    def _waiting_place(self, turn: TurnState) -> EngineState | None:
+        """The engine whose room the turn waits for: its home; for a tail turn that has none, one
+        that takes no new conversations until it has found room; for a new conversation, any."""
+        home = self.home(turn.conversation)
+        if home is not None or not turn.conversation.turns:
+            return home
+        at = turn.waits_at
+        if at is not None and not at.lost and not at.draining:
+            return at
+        return self.placer.waiting_place(turn)
 
     def change_prefiller(self, turn: TurnState) -> list[TurnState]:
         """The prefiller of a placed turn is gone: take another, or let the decoder prefill.
@@ -101,12 +167,16 @@ class Dispatcher:
         ledger.end_backlog(lost if turn.phase is Phase.PREFILL else decoder, turn)
         ledger.end_prefill(turn)
         prefiller, place = self._prefill_place(turn, decoder)
-        if prefiller is not None and prefiller.free_tokens >= prefiller.pages(turn.prompt_tokens):
-            self._start_prefill(turn, prefiller)
-            self._emit_place(turn, place.reason, expected_cached=turn.prompt_tokens)
-            return []
+        if prefiller is not None:
+            parked = ledger.find_room(prefiller, prefiller.pages(turn.prompt_tokens))
+            if parked is not None:
+                self._park(prefiller, parked)
+                self._start_prefill(turn, prefiller)
+                reason = _REPLACED[turn.transfer] if turn.transfer else place.reason
+                self.say.place(turn, reason, expected_cached=turn.prompt_tokens)
+                return []
         self._prefill_locally(turn, decoder)
-        self._emit_place(turn, Reason.FIRST_TURN_NO_PREFILLER, expected_cached=0)
+        self.say.place(turn, Reason.FIRST_TURN_NO_PREFILLER, expected_cached=0)
         return self.opened(turn)
 
     def unplan(self, turn: TurnState, *, context_tokens: int | None) -> list[TurnState]:
@@ -127,8 +197,10 @@ class Dispatcher:
         if decoder is not None:
             parked = ledger.end_turn(turn, context_tokens=context_tokens)
             if not decoder.lost:
-                self._emit_parks(decoder, parked)
+                self.say.parks(decoder, parked)
                 self.free(decoder)
+                if conversation.home is not decoder and context_tokens:
+                    self.say.release(conversation, decoder, 0, Reason.CONVERSATION_MOVED)
         turn.phase = Phase.WAITING
         turn.prefilled = False
         cause = conversation.moved_because
@@ -144,18 +216,20 @@ class Dispatcher:
             return []
         conversation.opening = None
         conversation.moved_because = None
-        behind, conversation.behind = conversation.behind, None
-        return behind or []
+        behind, conversation.behind = conversation.behind or {}, None
+        followers = [other for other in behind.values() if other.id not in self.waiting]
+        for other in behind.values():
+            if other.id in self.waiting:
+                conversation.waits(other)
+        if conversation.behind and conversation.home is not None:
+            self.free(conversation.home)
+        return followers
 
     def release(self, conversation: ConversationState, reason: Reason) -> None:
         home = self.home(conversation)
         if home is None:
             return
-        tokens = ledger.leave_home(conversation)
-        self._counters.releases[reason] += 1
-        self.out.append(
-            Release(conversation=conversation.id, engine=home.id, tokens=tokens, reason=reason)
-        )
+        self.say.release(conversation, home, ledger.leave_home(conversation), reason)
         self.free(home)
 
     def home(self, conversation: ConversationState) -> EngineState | None:
@@ -198,7 +272,8 @@ class Dispatcher:
         elif self._place_at_home(turn, home):
             return True
         else:
-            if not self._out_of_patience(turn, home):
+            can_wait = turn.prompt_tokens < home.longest_context_tokens
+            if can_wait and not self._out_of_patience(turn, home):
                 return False
             cause = TransferReason.NO_ROOM
         # Only a conversation at a turn boundary moves: never under a turn that is running.
@@ -207,12 +282,18 @@ class Dispatcher:
         if cause is not TransferReason.NO_ROOM:
             # Nowhere better: a draining engine, or one that failed once, is still the home.
             return self._place_at_home(turn, home)
-        if conversation.active == 0 and home.active_turns == 0:
+        if conversation.active == 0 and home.active_turns == 0 and self._others_wait(turn, home):
             # Nothing runs there, so nothing will make room: of those that wait for each other,
             # the one that has waited longest gives its KV up.
             self.release(conversation, Reason.CONVERSATION_MOVED)
             conversation.moved_because = cause
         return False
+
+    def _others_wait(self, turn: TurnState, home: EngineState) -> bool:
+        """Whether any other conversation would gain from the room this one has."""
+        own = turn.conversation
+        first = islice(home.waiting.values(), _PARK_TRIES)
+        return any(other.conversation is not own for other in first)
 
     def _out_of_patience(self, turn: TurnState, home: EngineState) -> bool:
         """Whether waiting for room at home has cost as much as the move would.
@@ -230,9 +311,12 @@ class Dispatcher:
     def _place_at_home(self, turn: TurnState, home: EngineState) -> bool:
         conversation = turn.conversation
         need = self.placer.need(turn, home)
-        if not self._make_room(home, need, keep=conversation):
+        parked = ledger.find_room(home, need, keep=conversation)
+        if parked is None or turn.prompt_tokens >= home.longest_context_tokens:
             return False
-        cached = min(conversation.context_tokens, turn.prompt_tokens)
+        self._park(home, parked)
+        # An engine computes one token at least, and the books count whole pages.
+        cached = min(conversation.context_tokens, turn.prompt_tokens - 1)
         if turn.reusable_tokens is not None:
             cached = min(cached, turn.reusable_tokens)
         ledger.start_turn(turn, home, need_tokens=need)
@@ -240,7 +324,7 @@ class Dispatcher:
         turn.phase = Phase.DECODE
         turn.transfer = None
         reason = Reason.PINNED if turn.attempts == 0 else Reason.RETRIED
-        self._emit_place(turn, reason, expected_cached=cached)
+        self.say.place(turn, reason, expected_cached=cached)
         self.placer.touch(home)
         return True
 
@@ -249,21 +333,36 @@ class Dispatcher:
     ) -> bool:
         """Give a conversation a decoder, and its turn a place to be prefilled."""
         conversation = turn.conversation
-        room = self.placer.find_decoder(turn, exclude=home, with_headroom=cause is None)
-        if room is None:
+        no_answer = [] if home is None else [home]
+        for _ in range(_PARK_TRIES):
+            room = self.placer.find_decoder(turn, exclude=no_answer, new=cause is None)
+            if room is None:
+                return False
+            decoder, need = room
+            parked = ledger.find_room(decoder, need, keep=conversation)
+            if parked is not None:
+                break
+            no_answer.append(decoder)
+        else:
             return False
-        decoder, need = room
         prefiller, place = self._prefill_place(turn, decoder)
-        if prefiller is not None and prefiller.free_tokens < prefiller.pages(turn.prompt_tokens):
-            return False  # room on both or on none
-        if not self._make_room(decoder, need, keep=conversation):
-            return False
-        if home is not None:
+        if prefiller is not None:
+            pages = prefiller.pages(turn.prompt_tokens)
+            parked_too = ledger.find_room(prefiller, pages, keep=conversation)
+            if parked_too is None:
+                return False  # room on both or on none
+            self._park(prefiller, parked_too)
+        self._park(decoder, parked)
+        if conversation.active == 0 and conversation.home not in (None, decoder):
             self.release(conversation, Reason.CONVERSATION_MOVED)
             conversation.moved_because = cause
         if cause is not None:
             self._counters.moves[cause] += 1
         ledger.start_turn(turn, decoder, need_tokens=need)
+        for other in (conversation.behind or {}).values():
+            if other is not turn and other.id in self.waiting:
+                self.waiting.settle(other, decoder)  # its other turns wait here now, for this
+                self.free(decoder)  # one or for room: they find out when they are tried
         if prefiller is not None:
             self._start_prefill(turn, prefiller)
             turn.transfer = cause or TransferReason.FIRST_TURN
@@ -273,7 +372,7 @@ class Dispatcher:
             self._prefill_locally(turn, decoder)
             expected_cached = 0
         reason = place.reason if cause is None else _REPLACED[cause]
-        self._emit_place(turn, reason, expected_cached=expected_cached)
+        self.say.place(turn, reason, expected_cached=expected_cached)
         self.placer.touch(decoder)
         return True
 
@@ -297,56 +396,10 @@ class Dispatcher:
         turn.transfer = None
         self.placer.touch(decoder)
 
-    def _make_room(self, engine: EngineState, tokens: int, *, keep: ConversationState) -> bool:
-        if engine.free_tokens < tokens and engine.reachable_tokens(keep) >= tokens:
-            self._emit_parks(engine, ledger.make_room(engine, tokens, keep=keep))
-        return engine.free_tokens >= tokens
-
-    def _emit_place(self, turn: TurnState, reason: Reason, *, expected_cached: int) -> None:
-        decoder, prefiller = turn.decoder, turn.prefiller
-        assert decoder is not None  # noqa: S101 -- placed just above; for the type checker
-        self._plan += 1
-        turn.plan = self._plan
-        turn.attempts += 1
-        turn.expected_cached_tokens = expected_cached
-        self._counters.placements[reason] += 1
-        self.out.append(
-            Place(
-                turn=turn.id,
-                conversation=turn.conversation.id,
-                plan=turn.plan,
-                decoder=decoder.id,
-                prefiller=prefiller.id if prefiller is not None else None,
-                reason=reason,
-                transfer=turn.transfer,
-                turn_index=turn.index,
-                expected_cached_tokens=expected_cached,
-                priority=1 if turn.conversation.turns else 0,
-            )
-        )
-
-    def _emit_parks(self, engine: EngineState, parked: list[ConversationState]) -> None:
-        for conversation in parked:
-            self._counters.parks += 1
-            self._counters.parked_tokens += conversation.parked
-            self.out.append(
-                Park(
-                    conversation=conversation.id,
-                    engine=engine.id,
-                    tokens=conversation.parked,
-                    reason=Reason.PARKED_FOR_ROOM,
-                )
-            )
+    def _park(self, engine: EngineState, conversations: list[ConversationState]) -> None:
+        ledger.park(engine, conversations)
+        self.say.parks(engine, conversations)
 
     def _hold(self, turn: TurnState, reason: Reason, waits_for: str) -> None:
         until_s = self.waiting.until(turn, self.now_s + self._settings.max_hold_s)
-        self._counters.holds[reason] += 1
-        self.out.append(
-            Hold(
-                turn=turn.id,
-                conversation=turn.conversation.id,
-                reason=reason,
-                waits_for=waits_for,
-                until_s=until_s,
-            )
-        )
+        self.say.hold(turn, reason, waits_for, until_s)

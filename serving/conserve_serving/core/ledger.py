@@ -24,7 +24,7 @@ from conserve_serving.core.growth import age_of
 from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
 from conserve_serving.core.types import ConversationId
 
-# Conversations too large for what is left of the host tier that `make_room` looks past.
+# Conversations too large for what is left of the host tier that are looked past.
 _PARK_SCAN = 32
 
 
@@ -54,6 +54,7 @@ def start_prefill(turn: TurnState, prefiller: EngineState, *, need_tokens: int) 
     turn.prefiller = prefiller
     turn.prefill_reserved = need_tokens
     prefiller.reserved_tokens += need_tokens
+    prefiller.handing_over_tokens += need_tokens
     prefiller.placed_turns += 1
     prefiller.turns[turn.id] = turn
 
@@ -71,11 +72,31 @@ def end_backlog(engine: EngineState | None, turn: TurnState) -> None:
     turn.backlog = 0
 
 
+def correct_prompt(turn: TurnState, prompt_tokens: int) -> int:
+    """The prompt's exact length is known: book the difference, as far as there is room for it.
+
+    Returns:
+        Tokens that became free on the decoder.
+    """
+    decoder = turn.decoder
+    if decoder is None:
+        return 0
+    context = decoder.pages(prompt_tokens)
+    more = max(min(context - turn.context, decoder.free_tokens), -turn.reserved)
+    turn.reserved += more
+    decoder.reserved_tokens += more
+    decoder.active_tokens += context - turn.context
+    turn.context = context
+    turn.prompt_tokens = prompt_tokens
+    return -more
+
+
 def end_prefill(turn: TurnState) -> EngineState | None:
     """Take the turn off its prefiller's books; returns the prefiller."""
     prefiller = turn.prefiller
     if prefiller is not None:
         prefiller.reserved_tokens -= turn.prefill_reserved
+        prefiller.handing_over_tokens -= turn.prefill_reserved
         prefiller.turns.pop(turn.id, None)
     turn.prefill_reserved = 0
     turn.prefiller = None
@@ -140,8 +161,10 @@ def _settle_home(conversation: ConversationState, engine: EngineState) -> None:
 
 def adopt(conversation: ConversationState, engine: EngineState, tokens: int) -> None:
     """Book a conversation that is known to live on ``engine`` from before: what fits of it."""
-    _settle_home(conversation, engine)
     resident = min(engine.pages(tokens), engine.free_tokens)
+    if resident <= 0:
+        return  # nothing of it is there, or can be
+    _settle_home(conversation, engine)
     conversation.resident = resident
     engine.resident_tokens += resident
     engine.idle[conversation.id] = conversation
@@ -174,39 +197,68 @@ def grow_older(conversation: ConversationState) -> None:
     conversation.turns += 1
 
 
-def make_room(
-    engine: EngineState, tokens: int, *, keep: ConversationState | None = None
-) -> list[ConversationState]:
+def make_room(engine: EngineState, tokens: int) -> list[ConversationState]:
     """Park the longest-idle conversations until ``tokens`` are free, or nothing more can be parked.
+
+    Returns:
+        The conversations parked, each with its size in ``parked``.
+    """
+    victims, _ = _choose(engine, tokens, None)
+    park(engine, victims)
+    return victims
+
+
+def find_room(
+    engine: EngineState, tokens: int, *, keep: ConversationState | None = None
+) -> list[ConversationState] | None:
+    """Conversations to be parked so that ``tokens`` are free; None when that cannot be had.
 
     Args:
         engine: where room is needed.
         tokens: how much is to be free.
         keep: a conversation that must stay on the device.
-
-    Returns:
-        The conversations parked, each with its size in ``parked``.
     """
-    parked: list[ConversationState] = []
+    if engine.free_tokens >= tokens:
+        return []
+    if engine.reachable_tokens(keep) < tokens:
+        return None
+    victims, free = _choose(engine, tokens, keep)
+    return victims if free >= tokens else None
+
+
+def _choose(
+    engine: EngineState, tokens: int, keep: ConversationState | None
+) -> tuple[list[ConversationState], int]:
+    """The longest idle that the host tier has room for, and what is free without them."""
+    victims: list[ConversationState] = []
     host_free = engine.host_capacity_tokens - engine.parked_tokens
+    free = engine.free_tokens
     too_large = 0
     for conversation in engine.idle.values():  # in the order they fell idle
-        if engine.free_tokens >= tokens or host_free <= 0 or too_large == _PARK_SCAN:
+        if free >= tokens or host_free <= 0 or too_large == _PARK_SCAN:
             break
         size = conversation.resident
-        if size > host_free or conversation is keep:
+        if conversation is keep:
+            continue
+        if size > host_free:
             too_large += 1
             continue
         host_free -= size
-        parked.append(conversation)
+        free += size
+        victims.append(conversation)
+    return victims, free
+
+
+def park(engine: EngineState, conversations: list[ConversationState]) -> None:
+    """Move idle conversations to the host tier, which has room for them."""
+    for conversation in conversations:
+        size = conversation.resident
         engine.resident_tokens -= size
         engine.idle_tokens -= size
         engine.parked_tokens += size
         engine.parked_conversations += 1
         conversation.parked, conversation.resident = size, 0
-    for conversation in parked:
         del engine.idle[conversation.id]
-    return parked
 
 
 def _unpark(conversation: ConversationState, turn: TurnState) -> None:

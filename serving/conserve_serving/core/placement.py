@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Collection
+from itertools import chain, islice
 from typing import Final
 
 from conserve_serving.core.growth import GrowthModel
@@ -14,7 +15,10 @@ from conserve_serving.core.views import Policy
 
 # Engines looked at for one decision, best rank first: bounds its cost on a full cluster.
 _SCAN_DECODERS: Final = 64
+_SCAN_ROOMIEST: Final = 16
 _SCAN_PREFILLERS: Final = 16
+# Prefillers are kept in the order in which they would be done with a prompt of this length.
+_TYPICAL_PROMPT_TOKENS: Final = 8192
 
 
 class Placer:
@@ -26,6 +30,7 @@ class Placer:
         self._policy = policy
         self._growth = growth
         self._hosts: Ranking[EngineState] = Ranking()
+        self._roomiest: Ranking[EngineState] = Ranking()
         self._prefillers: Ranking[EngineState] = Ranking()
         self._longest: int | None = None
 
@@ -33,10 +38,12 @@ class Placer:
     def add(self, engine: EngineState) -> None:
         self.engines[engine.id] = engine
         self._measure_longest()
+        others = (e.placed_turns for e in self.engines.values() if e is not engine)
+        engine.placed_turns = min(others, default=0)  # it takes its place, it catches up on nothing
         if self._policy.hosts(engine):
-            self._hosts.put(engine.id, engine, self._policy.rank(engine))
+            self._rank_host(engine)
         if engine.tier is Tier.PREFILL:
-            self._prefillers.put(engine.id, engine, engine.prefill_backlog_s)
+            self._rank_prefiller(engine)
 
     def remove(self, engine: EngineState) -> None:
         del self.engines[engine.id]
@@ -46,6 +53,7 @@ class Placer:
     def retire(self, engine: EngineState) -> None:
         """Offer the engine nothing new."""
         self._hosts.drop(engine.id)
+        self._roomiest.drop(engine.id)
         self._prefillers.drop(engine.id)
 
     def touch(self, engine: EngineState) -> None:
@@ -53,9 +61,17 @@ class Placer:
         if engine.lost:
             return
         if engine.id in self._hosts:
-            self._hosts.put(engine.id, engine, self._policy.rank(engine))
+            self._rank_host(engine)
         if engine.id in self._prefillers:
-            self._prefillers.put(engine.id, engine, engine.prefill_backlog_s)
+            self._rank_prefiller(engine)
+
+    def _rank_host(self, engine: EngineState) -> None:
+        self._hosts.put(engine.id, engine, self._policy.rank(engine))
+        self._roomiest.put(engine.id, engine, -engine.reachable_tokens())
+
+    def _rank_prefiller(self, engine: EngineState) -> None:
+        done_s = engine.prefill_backlog_s + engine.prefill_s(_TYPICAL_PROMPT_TOKENS)
+        self._prefillers.put(engine.id, engine, done_s)
 
     @property
     def has_hosts(self) -> bool:
@@ -67,9 +83,21 @@ class Placer:
 
     def _measure_longest(self) -> None:
         hosting = [e for e in self.engines.values() if self._policy.hosts(e)]
-        self._longest = max(
-            (min(e.capacity_tokens, e.max_context_tokens) for e in hosting), default=None
+        self._longest = max((e.longest_context_tokens for e in hosting), default=None)
+
+    def room_tokens(self) -> int:
+        """The most that could be free on any one engine that takes conversations."""
+        return max((e.reachable_tokens() for e in islice(self._roomiest, 1)), default=0)
+
+    def waiting_place(self, turn: TurnState) -> EngineState | None:
+        """Where a turn whose conversation has no home waits, so that room gathers there: an engine
+        with much room already, and few that wait for it."""
+        able = (
+            e
+            for e in islice(self._roomiest, _SCAN_ROOMIEST)
+            if turn.prompt_tokens < e.longest_context_tokens
         )
+        return min(able, key=lambda engine: len(engine.waiting), default=None)
 
     # --- room --------------------------------------------------------------------------------
     def need(self, turn: TurnState, engine: EngineState) -> int:
@@ -85,25 +113,34 @@ class Placer:
         return max(target - conversation.resident, conversation.parked, 0)
 
     def find_decoder(
-        self, turn: TurnState, *, exclude: EngineState | None, with_headroom: bool
+        self, turn: TurnState, *, exclude: Collection[EngineState], new: bool
     ) -> tuple[EngineState, int] | None:
         """First engine in rank order with room, rather without parking than with it.
 
         Args:
             turn: the turn to be placed.
-            exclude: an engine that is no answer (the home that is being left).
-            with_headroom: leave room for the growth of the conversations that live there too.
+            exclude: engines that are no answer (the home that is being left).
+            new: leave room for the growth of the conversations that live there too, and where a
+                tail turn waits for room, leave all of it.
 
         Returns:
             The engine and the tokens to be free on it, or None.
         """
+        home = turn.conversation.home
+        if (home is None or home in exclude) and self.room_tokens() < turn.prompt_tokens:
+            return None
         after_parking: tuple[EngineState, int] | None = None
         last_resort: tuple[EngineState, int] | None = None
-        for engine in islice(self._hosts, _SCAN_DECODERS):
-            if engine is exclude or turn.prompt_tokens >= engine.max_context_tokens:
+        # The best by rank, and those with the most room in case none of the best has enough.
+        for engine in chain(
+            islice(self._hosts, _SCAN_DECODERS), islice(self._roomiest, _SCAN_ROOMIEST)
+        ):
+            if engine in exclude or turn.prompt_tokens >= engine.longest_context_tokens:
+                continue
+            if new and engine.waiting and not turn.conversation.turns:
                 continue
             need = self.need(turn, engine)
-            reserve = self._headroom_tokens(engine) if with_headroom else 0.0
+            reserve = self._headroom_tokens(engine) if new else 0.0
             reachable = engine.reachable_tokens(turn.conversation)
             if reachable < need + reserve:
                 continue
@@ -121,13 +158,25 @@ class Placer:
         return self._settings.headroom * self._growth.headroom_tokens(engine.ages)
 
     def best_prefiller(self, turn: TurnState, decoder: EngineState) -> EngineState | None:
-        """The prefiller that would be done with its backlog first, rather one with room now."""
+        """The prefiller that would be done first with its backlog and then this prompt.
+
+        Rather one with room now; else one that has room once the prompts on it are handed over.
+        None where only conversations that live there could make room: that may take for ever.
+        """
+        best: EngineState | None = None
+        best_s = 0.0
         full: EngineState | None = None
         for engine in islice(self._prefillers, _SCAN_PREFILLERS):
             pages = engine.pages(turn.prompt_tokens)
-            if engine is decoder or engine.id == turn.avoid or engine.capacity_tokens < pages:
+            if engine is decoder or engine.id == turn.avoid:
                 continue
-            if engine.free_tokens >= pages:
-                return engine
-            full = full or engine
-        return full
+            if turn.prompt_tokens >= engine.longest_context_tokens:
+                continue
+            reachable = engine.reachable_tokens()
+            if reachable >= pages:
+                done_s = engine.prefill_backlog_s + engine.prefill_s(turn.prompt_tokens)
+                if best is None or done_s < best_s:
+                    best, best_s = engine, done_s
+            elif full is None and reachable + engine.handing_over_tokens >= pages:
+                full = engine
+        return best or full

@@ -16,7 +16,8 @@ The rules:
 3. Room is reserved on decoder and prefiller together, before anything runs, so that neither can
    wait for the other.
 4. Idle conversations are parked before anything is held, moved or refused.
-5. Tail turns go before new conversations; a turn that does not fit never blocks one that does.
+5. Tail turns go before new conversations: where one waits for room, no new conversation takes it.
+   Otherwise a turn that does not fit never blocks one that does.
 6. An event about an engine's former incarnation, a superseded plan or a closed turn is ignored,
    and counted.
 """
@@ -60,6 +61,8 @@ from conserve_serving.core.types import (
 from conserve_serving.core.views import Policy
 from conserve_serving.core.waiting import Pace
 
+# Conversations that expire in one event; the rest in the next.
+_EXPIRE: Final = 64
 # Closed turns remembered, so that a late or duplicated event cannot bring one back to life.
 _REMEMBER_CLOSED: Final = 65_536
 
@@ -114,11 +117,11 @@ class Scheduler:
             Decisions, in the order they are to be carried out. A new list each time.
         """
         self._do.now_s = max(self._do.now_s, now_s)
-        self._do.out = []
+        self._do.say.out = []
         self._handlers[type(event)](event)
         self._do.wake()
         self._set_alarm()
-        return self._do.out
+        return self._do.say.out
 
     # --- what can be looked at ---------------------------------------------------------------
     @property
@@ -188,10 +191,14 @@ class Scheduler:
             return
         engine.draining = True
         self._placer.retire(engine)
+        self._do.free(engine)  # who waits for room there need wait no longer
 
     def _on_engine_lost(self, event: EngineLost) -> None:
-        engine = self._current(event.engine, event.epoch)
-        if engine is None:
+        newest = self._last_epoch.get(event.engine, -1)
+        if event.epoch > newest:  # it was lost before it was known to have joined
+            self._last_epoch[event.engine] = event.epoch
+        engine = self._placer.engines.get(event.engine)
+        if engine is None or event.epoch < engine.epoch:
             self._ignore(event)
         else:
             self._lose(engine)
@@ -208,9 +215,7 @@ class Scheduler:
             else:
                 self.counters.fallbacks[Fallback.PREFILLER_LOST] += 1
                 self._dispatch_all(self._do.change_prefiller(turn))
-        for turn in list(engine.waiting.values()):
-            self._waiting.remove(turn)
-            self._dispatch(turn)
+        self._do.orphan(engine)
 
     # --- arrivals ----------------------------------------------------------------------------
     def _on_turn_arrived(self, event: TurnArrived) -> None:
@@ -268,7 +273,7 @@ class Scheduler:
     # --- progress ----------------------------------------------------------------------------
     def _on_prefill_finished(self, event: PrefillFinished) -> None:
         turn = self._planned(event.turn, event.plan)
-        if turn is None:
+        if turn is None or turn.phase is Phase.HANDOFF:
             self._ignore(event)
             return
         where = turn.prefiller if turn.phase is Phase.PREFILL else turn.decoder
@@ -277,8 +282,12 @@ class Scheduler:
             turn.phase = Phase.HANDOFF
         else:
             turn.prefilled = True
-        if where is not None and not where.lost:
-            self._placer.touch(where)
+        freed = ledger.correct_prompt(turn, max(1, event.prompt_tokens))
+        for engine in (where, turn.decoder):
+            if engine is not None:
+                self._placer.touch(engine)
+        if freed > 0 and turn.decoder is not None:
+            self._do.free(turn.decoder)
 
     def _on_handoff_finished(self, event: HandoffFinished) -> None:
         turn = self._planned(event.turn, event.plan)
@@ -349,7 +358,7 @@ class Scheduler:
             return
         followers: list[TurnState] = []
         if turn.phase is Phase.WAITING:
-            self._waiting.remove(turn)
+            self._do.leave(turn)
         else:
             kept = turn.prompt_tokens if turn.prefilled else None
             followers = self._do.unplan(turn, context_tokens=kept)
@@ -393,7 +402,9 @@ class Scheduler:
         self._closed.add(turn.id)
         self._closed_order.append(turn.id)
         self.counters.outcomes[outcome] += 1
-        self._do.out.append(CloseTurn(turn=turn.id, conversation=conversation.id, outcome=outcome))
+        self._do.say.out.append(
+            CloseTurn(turn=turn.id, conversation=conversation.id, outcome=outcome)
+        )
         conversation.live -= 1
         self._touch_conversation(conversation)
         if conversation.live == 0 and (
@@ -410,12 +421,12 @@ class Scheduler:
     # --- waiting -----------------------------------------------------------------------------
     def _on_timer_fired(self, _: TimerFired) -> None:
         self._wake_s = None
-        while (turn := self._waiting.overdue(self._do.now_s)) is not None:
-            self._waiting.remove(turn)
+        for turn in self._waiting.overdue(self._do.now_s):
+            self._do.leave(turn)
             self._reject(turn, Reason.HELD_TOO_LONG)
         self._do.recheck()
         limit_s = self._do.now_s - self.settings.idle_timeout_s
-        while self._conversations:
+        for _once in range(min(_EXPIRE, len(self._conversations))):
             conversation = next(iter(self._conversations.values()))
             if conversation.last_active_s > limit_s:
                 break
@@ -425,19 +436,19 @@ class Scheduler:
                 self._forget(conversation, Reason.CONVERSATION_EXPIRED)
 
     def _set_alarm(self) -> None:
-        due_s = self._waiting.next_alarm_s()
+        due_s = self._do.now_s if self._do.unfinished else self._waiting.next_alarm_s()
         if self._conversations:
             oldest = next(iter(self._conversations.values()))
             expires_s = oldest.last_active_s + self.settings.idle_timeout_s
             due_s = expires_s if due_s is None else min(due_s, expires_s)
         if due_s is not None and (self._wake_s is None or due_s < self._wake_s):
             self._wake_s = due_s
-            self._do.out.append(WakeAt(at_s=due_s))
+            self._do.say.out.append(WakeAt(at_s=due_s))
 
     def _reject(self, turn: TurnState, reason: Reason) -> None:
         never = reason is Reason.PROMPT_TOO_LONG
         self.counters.rejections[reason] += 1
-        self._do.out.append(
+        self._do.say.out.append(
             Reject(
                 turn=turn.id,
                 conversation=turn.conversation.id,

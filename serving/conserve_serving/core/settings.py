@@ -16,7 +16,8 @@ class SchedulerSettings:
         handoff_min_tokens: first turns shorter than this stay on their decoder; None: the length
             at which prefilling costs the decoder more time than the hand-off takes, from the
             costs measured so far.
-        max_waiting_turns: turns held at once before new ones are refused.
+        max_waiting_turns: new conversations' turns held at once before further ones are refused,
+            and turns of one conversation held behind its first.
         max_hold_s: longest time a turn is held before it is refused.
         idle_timeout_s: a conversation without a turn for this long is ended.
         max_attempts: placements a turn may have before it fails.

@@ -56,8 +56,14 @@ class ConversationState:
         self.ended = False
         self.last_active_s = now_s
         self.opening: TurnState | None = None  # the turn that is bringing the KV into being
-        self.behind: list[TurnState] | None = None  # turns that wait for it
+        self.behind: dict[TurnId, TurnState] | None = None  # turns of it that wait
         self.moved_because: TransferReason | None = None  # set when KV was had and lost
+
+    def waits(self, turn: TurnState) -> None:
+        """One of its turns waits, for the KV or for room."""
+        if self.behind is None:
+            self.behind = {}
+        self.behind[turn.id] = turn
 
     @property
     def context_tokens(self) -> int:
@@ -123,7 +129,7 @@ class TurnState:
         self.prefilled = False  # its prompt's KV is known to be on the decoder
         self.patient_until_s: float | None = None  # until when it waits for room at its home
         self.until_s: float | None = None  # when a waiting turn is refused
-        self.waits_at: EngineState | None = None  # the home it waits for, if any
+        self.waits_at: EngineState | None = None  # the engine whose room it waits for, if any
 
 
 class EngineState:
@@ -136,6 +142,7 @@ class EngineState:
         "capacity_tokens",
         "draining",
         "epoch",
+        "handing_over_tokens",
         "host_capacity_tokens",
         "id",
         "idle",
@@ -172,6 +179,7 @@ class EngineState:
         self.link = LearnedLink(joined.link)
         self.resident_tokens = 0
         self.reserved_tokens = 0
+        self.handing_over_tokens = 0  # those of them that leave when a prompt is handed over
         self.parked_tokens = 0
         self.parked_conversations = 0
         self.idle: OrderedDict[ConversationId, ConversationState] = OrderedDict()
@@ -204,6 +212,11 @@ class EngineState:
         if keep is not None and keep.id in self.idle:
             idle -= keep.resident
         return self.free_tokens + min(idle, self.host_capacity_tokens - self.parked_tokens)
+
+    @property
+    def longest_context_tokens(self) -> int:
+        """A prompt has to be shorter than this to run here at all."""
+        return min(self.capacity_tokens, self.max_context_tokens)
 
     @property
     def conversations(self) -> int:

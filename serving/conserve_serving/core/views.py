@@ -98,6 +98,6 @@ class Policy(Protocol):
     def prefill_place(
         self, turn: TurnView, decoder: EngineView, prefiller: EngineView | None
     ) -> PrefillPlace:
-        """Whether ``prefiller`` (the one with the least work waiting, in seconds; None if there
-        is none) prefills this turn for ``decoder``."""
+        """Whether ``prefiller`` (the one that would be done with this turn first, after what waits
+        on it; None if there is none) prefills this turn for ``decoder``."""
         ...

@@ -142,6 +142,7 @@ class VirtualCluster:
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
         self._open = 0
+        self._wake_s: float | None = None
         self._turns: dict[TurnId, _Turn] = {}
         self._engines = {spec.id: _Engine(spec) for spec in engines}
         for engine in self._engines.values():
@@ -197,9 +198,16 @@ class VirtualCluster:
             engine = self._engines[decision.engine]
             engine.model.close_session(decision.conversation, now_s=self.now_s)
         elif isinstance(decision, WakeAt):
-            self._at(decision.at_s, lambda: self._send(TimerFired()))
+            self._wake_s = at_s = decision.at_s
+            self._at(at_s, lambda: self._fire(at_s))
         else:
             assert isinstance(decision, Hold)  # noqa: S101 -- nothing to do until it is placed
+
+    def _fire(self, at_s: float) -> None:
+        """The time of a wish has come; a later wish has replaced it unless it is still the one."""
+        if self._wake_s == at_s:
+            self._wake_s = None
+            self._send(TimerFired())
 
     def _start(self, turn: _Turn, place: Place) -> None:
         result = turn.result

@@ -3,7 +3,8 @@
 - **Decoder**: most free KV per second a decode step takes there now. Free KV is the paper's
   signal; dividing by the engine's own step time, at the context it is reading, weighs active work
   and unlike GPUs in the same number. Ties go by engine id.
-- **Prefiller**: the one that would be done first with what is already waiting on it.
+- **Prefiller**: the one that would be done first with what is already waiting on it and then this
+  prompt, by its own measured speed.
 - **Short first turns** stay on their decoder: while prefilling would occupy it for less time than
   a hand-off takes, both as measured and interference with its running turns included, there is
   nothing to gain.
