@@ -86,6 +86,8 @@ class Chaos:
             tier_mode=tier_mode,
             max_hold_s=20.0,
             idle_timeout_s=300.0,
+            no_engine_hold_s=5.0,
+            protect_idle_s=6.0,
             max_waiting_turns=6,
             headroom=0.0 if tight else 1.0,
         )

@@ -264,7 +264,7 @@ def test_a_tail_turn_without_a_home_is_not_starved_by_small_new_ones() -> None:
 
 
 def test_a_turn_that_was_placed_has_a_whole_new_time_to_wait() -> None:
-    world = World(headroom=0.0, max_hold_s=60.0)
+    world = World(headroom=0.0, max_hold_s=60.0, no_engine_hold_s=60.0)
     world.engine("d0", capacity=64_000)
     world.first_turn("t-z", "z", 10_000)
     first = one(world.arrive("t-a", "a", 30_000), Place)
@@ -575,7 +575,7 @@ def test_a_prefillers_speed_counts_for_the_prompt_at_hand() -> None:
 
 
 def test_the_threshold_counts_what_a_prefill_does_to_running_turns() -> None:
-    world = World()
+    world = World(handoff_floor_tokens=0)
     speeds = EngineSpeeds(prefill_tokens_per_s=25_000.0, decode_step_s=0.01, mixed_slowdown=3.0)
     world.engine("p0", Tier.PREFILL)
     world.engine("d0", speeds=speeds)

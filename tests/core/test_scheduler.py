@@ -61,7 +61,7 @@ def test_turn_one_is_handed_over_once_and_the_tail_stays() -> None:
 
 
 def test_a_short_first_turn_stays_on_its_decoder() -> None:
-    world = World()
+    world = World(handoff_floor_tokens=0)
     world.cluster("d0")
     # 5 ms of set-up against 40 µs a token of prefill and 1.1 µs of transfer: about 130 tokens.
     short = one(world.arrive("t1", "a", 100), Place)
@@ -237,6 +237,54 @@ def test_conversations_that_wait_for_each_other_do_not_wait_for_ever() -> None:
     world.finish(places[0], 11_000)
     again = one(world.end(places[0].conversation), Place)
     assert (again.turn, again.transfer) == ("t-a2", TransferReason.NO_ROOM)
+
+
+def test_conversations_that_nobody_ends_do_not_lock_the_cluster() -> None:
+    world = World(headroom=0.0, protect_idle_s=50.0)
+    world.cluster("d0", capacity=32_000)
+    for name in "abc":
+        world.first_turn(f"t-{name}", name, 10_400)
+        world.now_s += 1.0
+    waits = world.arrive("t-d", "d", 10_400)
+    none(waits, Release)
+    assert one(waits, Hold).reason is Reason.HELD_NO_ROOM
+    world.now_s = one(waits, WakeAt).at_s
+    assert world.now_s == 50.0  # when the longest idle, at rest since 0 s, is no longer protected
+    freed = world.send(TimerFired())
+    release = one(freed, Release)
+    assert (release.conversation, release.reason) == ("a", Reason.IDLE_DISPLACED)
+    assert one(freed, Place).turn == "t-d"
+    # It was not ended: it goes on, prefilled anew, with a reason.
+    world.finish(one(freed, Place), 10_400)
+    world.end("d")
+    assert one(world.arrive("t-a2", "a", 10_600), Place).transfer is TransferReason.KV_LOST
+
+
+def test_a_prompt_the_store_would_not_load_is_never_handed_over() -> None:
+    world = World()
+    world.cluster("d0")
+    for index in range(6):  # busy neighbours, measured to suffer from prefill beside them
+        one(world.arrive(f"b{index}", f"b{index}", 5_000), Place)
+    mixed = StepTimes(
+        mixed_steps=100, mixed_s=20.0, mixed_kv_tokens=3_000_000, mixed_prefill_tokens=5_000
+    )
+    for _ in range(20):
+        world.send(EngineReported(engine=EngineId("d0"), epoch=1, steps=mixed))
+    assert one(world.arrive("t1", "short", 255), Place).reason is Reason.FIRST_TURN_SHORT
+    assert one(world.arrive("t2", "long", 256), Place).reason is Reason.FIRST_TURN_HANDOFF
+
+
+def test_a_turn_whose_last_engine_died_is_not_kept_waiting_for_long() -> None:
+    world = World(max_hold_s=60.0, no_engine_hold_s=10.0)
+    world.cluster("d0")
+    one(world.arrive("t1", "c", 10_000), Place)
+    held = world.send(EngineLost(engine=EngineId("d0"), epoch=1))
+    assert one(held, Hold).reason is Reason.HELD_NO_ENGINE
+    assert one(held, WakeAt).at_s == 10.0
+    world.now_s = 10.0
+    reject = one(world.send(TimerFired()), Reject)
+    assert reject.reason is Reason.NO_ENGINE
+    assert reject.retry_after_s is not None
 
 
 # --- waiting and refusing -----------------------------------------------------------------------

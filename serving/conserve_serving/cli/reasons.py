@@ -20,8 +20,6 @@ REASONS: Mapping[Reason, str] = MappingProxyType(
         " conversation, because this policy never hands KV over",
         Reason.PINNED: "later turn: ran where the conversation's KV is, and only the appended"
         " tokens were prefilled",
-        Reason.ADOPTED: "the scheduler did not know the conversation; a placement from before"
-        " said where its KV is, and it stayed there",
         Reason.ROUND_ROBIN: "the next engine in turn, because this policy looks at nothing else",
         Reason.REPLACED_ENGINE_LOST: "placed anew with the full history, because its engine was"
         " lost and the KV with it",
@@ -38,11 +36,12 @@ REASONS: Mapping[Reason, str] = MappingProxyType(
         Reason.QUEUE_FULL: "refused: as many turns were waiting as the settings allow",
         Reason.HELD_TOO_LONG: "refused: held for as long as the settings allow",
         Reason.NO_ENGINE: "refused: no engine that could take it was up",
-        Reason.DUPLICATE_TURN: "refused: a turn with the same id was running",
         Reason.CONVERSATION_ENDED: "KV freed: the conversation ended",
         Reason.CONVERSATION_EXPIRED: "KV freed: the conversation had no turn for longer than the"
         " settings allow",
         Reason.CONVERSATION_MOVED: "KV freed: the conversation lives on another engine now",
+        Reason.IDLE_DISPLACED: "KV freed: the conversation had been idle for longer than it is"
+        " protected, and the room was needed",
         Reason.PARKED_FOR_ROOM: "KV parked in host memory: the conversation was the longest idle"
         " and the room was needed",
     }

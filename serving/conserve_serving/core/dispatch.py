@@ -58,7 +58,7 @@ class Dispatcher:
                 return Reason.QUEUE_FULL
             self._line_up(turn)
             return None
-        if self._try_place(turn):
+        if self._try_place(turn) or (self._displace(turn) and self._try_place(turn)):
             return None
         home = self.home(conversation)
         is_new = home is None and conversation.turns == 0
@@ -126,7 +126,7 @@ class Dispatcher:
             self.leave(turn)
             self._line_up(turn)
             return False
-        if self._try_place(turn):
+        if self._try_place(turn) or (self._displace(turn) and self._try_place(turn)):
             self.waiting.remove(turn)
             return True
         self.waiting.settle(turn, self._waiting_place(turn))
@@ -308,6 +308,33 @@ class Dispatcher:
             self.waiting.recheck(turn, turn.patient_until_s)
         return self.now_s >= turn.patient_until_s
 
+    def _displace(self, turn: TurnState) -> bool:
+        """Release KV that has been idle for longer than it is protected, until the turn has room.
+
+        For conversations that nobody ends: where parking cannot help, they must not lock new ones
+        out until they expire. The turn is tried again when the next protection ends.
+        """
+        conversation = turn.conversation
+        engine = self.home(conversation) or self.placer.longest_idle(turn)
+        if engine is None:
+            return False
+        wanted = self.placer.wanted_tokens(turn, engine)
+        protect_s = self._settings.protect_idle_s
+        while engine.reachable_tokens(conversation) < wanted:
+            others = (c for c in islice(engine.idle.values(), 2) if c is not conversation)
+            oldest = next(others, None)
+            if oldest is None:
+                return False
+            safe_until_s = oldest.last_active_s + protect_s
+            if safe_until_s > self.now_s:
+                if turn.recheck_s is None or turn.recheck_s <= self.now_s:
+                    turn.recheck_s = safe_until_s
+                    self.waiting.recheck(turn, safe_until_s)
+                return False
+            self.release(oldest, Reason.IDLE_DISPLACED)
+            oldest.moved_because = TransferReason.KV_LOST
+        return True
+
     def _place_at_home(self, turn: TurnState, home: EngineState) -> bool:
         conversation = turn.conversation
         need = self.placer.need(turn, home)
@@ -401,5 +428,9 @@ class Dispatcher:
         self.say.parks(engine, conversations)
 
     def _hold(self, turn: TurnState, reason: Reason, waits_for: str) -> None:
-        until_s = self.waiting.until(turn, self.now_s + self._settings.max_hold_s)
+        settings = self._settings
+        limit_s = settings.max_hold_s
+        if reason is Reason.HELD_NO_ENGINE:
+            limit_s = min(limit_s, settings.no_engine_hold_s)
+        until_s = self.waiting.until(turn, self.now_s + limit_s)
         self.say.hold(turn, reason, waits_for, until_s)

@@ -112,6 +112,23 @@ class Placer:
             return target
         return max(target - conversation.resident, conversation.parked, 0)
 
+    def wanted_tokens(self, turn: TurnState, engine: EngineState) -> float:
+        """What must be within reach on the engine for `find_decoder` to take it, or for the turn
+        to run at its home."""
+        need = self.need(turn, engine)
+        if turn.conversation.home is engine or turn.conversation.turns:
+            return need
+        return need + self._headroom_tokens(engine)
+
+    def longest_idle(self, turn: TurnState) -> EngineState | None:
+        """Of the engines ranked best, the one whose longest-idle conversation is the most idle."""
+        able = (
+            e
+            for e in islice(self._hosts, _SCAN_ROOMIEST)
+            if e.idle and not e.waiting and turn.prompt_tokens < e.longest_context_tokens
+        )
+        return min(able, key=lambda e: next(iter(e.idle.values())).last_active_s, default=None)
+
     def find_decoder(
         self, turn: TurnState, *, exclude: Collection[EngineState], new: bool
     ) -> tuple[EngineState, int] | None:

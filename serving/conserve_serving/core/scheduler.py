@@ -423,7 +423,8 @@ class Scheduler:
         self._wake_s = None
         for turn in self._waiting.overdue(self._do.now_s):
             self._do.leave(turn)
-            self._reject(turn, Reason.HELD_TOO_LONG)
+            is_up = self._placer.has_hosts
+            self._reject(turn, Reason.HELD_TOO_LONG if is_up else Reason.NO_ENGINE)
         self._do.recheck()
         limit_s = self._do.now_s - self.settings.idle_timeout_s
         for _once in range(min(_EXPIRE, len(self._conversations))):

@@ -92,6 +92,7 @@ class TurnState:
         "prefilled",
         "prefiller",
         "prompt_tokens",
+        "recheck_s",
         "reserved",
         "reusable_tokens",
         "transfer",
@@ -127,6 +128,7 @@ class TurnState:
         self.backlog = 0  # uncached tokens not yet prefilled, wherever that happens
         self.context = 0  # what a decode step reads for this turn
         self.prefilled = False  # its prompt's KV is known to be on the decoder
+        self.recheck_s: float | None = None  # when it asked to be tried again
         self.patient_until_s: float | None = None  # until when it waits for room at its home
         self.until_s: float | None = None  # when a waiting turn is refused
         self.waits_at: EngineState | None = None  # the engine whose room it waits for, if any

@@ -38,7 +38,6 @@ class Reason(enum.StrEnum):
     FIRST_TURN_NO_PREFILLER = "first_turn_no_prefiller"
     FIRST_TURN_COLLOCATED = "first_turn_collocated"
     PINNED = "pinned"
-    ADOPTED = "adopted"
     ROUND_ROBIN = "round_robin"
     REPLACED_ENGINE_LOST = "replaced_engine_lost"
     REPLACED_ENGINE_DRAINING = "replaced_engine_draining"
@@ -54,12 +53,12 @@ class Reason(enum.StrEnum):
     QUEUE_FULL = "queue_full"
     HELD_TOO_LONG = "held_too_long"
     NO_ENGINE = "no_engine"
-    DUPLICATE_TURN = "duplicate_turn"
     # releases and parking
     CONVERSATION_ENDED = "conversation_ended"
     CONVERSATION_EXPIRED = "conversation_expired"
     CONVERSATION_MOVED = "conversation_moved"
     PARKED_FOR_ROOM = "parked_for_room"
+    IDLE_DISPLACED = "idle_displaced"
 
 
 class TransferReason(enum.StrEnum):

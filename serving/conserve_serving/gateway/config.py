@@ -161,11 +161,28 @@ class SchedulerSection(_Section):
         description="first turns shorter than this stay on their decoder; default: from the costs "
         "measured so far",
     )
+    handoff_floor_tokens: int = Field(
+        default=256,
+        ge=0,
+        description="first turns shorter than this are never handed over by cost: engines compute "
+        "short hits in the store instead of loading them",
+    )
     max_waiting_turns: int = Field(
         default=1024, ge=0, description="new conversations held at once before further ones get 429"
     )
     max_hold_s: float = Field(
         default=60.0, ge=0, description="longest time a turn is held before 429"
+    )
+    no_engine_hold_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="the same while no engine takes conversations; then 503",
+    )
+    protect_idle_s: float = Field(
+        default=120.0,
+        ge=0,
+        description="how long an idle conversation's KV is safe from others that find no room, "
+        "where the host tier has none left to park it in",
     )
     idle_timeout_s: float = Field(
         default=3600.0, gt=0, description="a conversation without a turn for this long is ended"
@@ -183,14 +200,6 @@ class SchedulerSection(_Section):
         ge=0,
         description="room reserved for an output until outputs have been observed",
     )
-    drift_tolerance: float = Field(
-        default=0.02,
-        ge=0,
-        le=1,
-        description="difference between ledger and engine report, as a share of capacity, that "
-        "is taken for a reading made a moment apart",
-    )
-
     def settings(self) -> SchedulerSettings:
         """The same for the scheduler."""
         names = [field.name for field in dataclasses.fields(SchedulerSettings)]

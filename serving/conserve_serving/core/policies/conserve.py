@@ -26,6 +26,7 @@ class ConServe:
     def __init__(self, settings: SchedulerSettings) -> None:
         self._prefill_tier_hosts = settings.tier_mode is TierMode.HOSTING
         self._min_tokens = settings.handoff_min_tokens
+        self._floor_tokens = settings.handoff_floor_tokens
 
     def hosts(self, engine: EngineView) -> bool:
         return self._prefill_tier_hosts or engine.tier is Tier.DECODE
@@ -45,7 +46,7 @@ class ConServe:
             local_s = decoder.prefill_s(tokens)
             if decoder.active_turns:  # its neighbours' steps would slow down, as measured
                 local_s *= decoder.mixed_slowdown
-            worth = local_s >= prefiller.handoff_s(tokens)
+            worth = tokens >= self._floor_tokens and local_s >= prefiller.handoff_s(tokens)
         else:
             worth = tokens >= self._min_tokens
         if not worth:
