@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import chain, islice
 from typing import Final
 
@@ -14,9 +14,12 @@ from conserve_serving.core.types import EngineId, Tier
 from conserve_serving.core.views import Policy
 
 # Engines looked at for one decision, best rank first: bounds its cost on a full cluster.
+_SCAN_FIRST: Final = 4
 _SCAN_DECODERS: Final = 64
 _SCAN_ROOMIEST: Final = 16
 _SCAN_PREFILLERS: Final = 16
+# Of those with room, in the order for a typical prompt, how many are compared for this one.
+_COMPARE_PREFILLERS: Final = 4
 # Prefillers are kept in the order in which they would be done with a prompt of this length.
 _TYPICAL_PROMPT_TOKENS: Final = 8192
 
@@ -30,7 +33,9 @@ class Placer:
         self._policy = policy
         self._growth = growth
         self._hosts: Ranking[EngineState] = Ranking()
-        self._roomiest: Ranking[EngineState] = Ranking()
+        # By room within reach. Only a cluster short of room asks for it: brought up to date then.
+        self._by_room: Ranking[EngineState] = Ranking()
+        self._stale: dict[EngineId, EngineState] = {}
         self._prefillers: Ranking[EngineState] = Ranking()
         self._longest: int | None = None
 
@@ -53,7 +58,8 @@ class Placer:
     def retire(self, engine: EngineState) -> None:
         """Offer the engine nothing new."""
         self._hosts.drop(engine.id)
-        self._roomiest.drop(engine.id)
+        self._by_room.drop(engine.id)
+        self._stale.pop(engine.id, None)
         self._prefillers.drop(engine.id)
 
     def touch(self, engine: EngineState) -> None:
@@ -67,7 +73,7 @@ class Placer:
 
     def _rank_host(self, engine: EngineState) -> None:
         self._hosts.put(engine.id, engine, self._policy.rank(engine))
-        self._roomiest.put(engine.id, engine, -engine.reachable_tokens())
+        self._stale[engine.id] = engine
 
     def _rank_prefiller(self, engine: EngineState) -> None:
         done_s = engine.prefill_backlog_s + engine.prefill_s(_TYPICAL_PROMPT_TOKENS)
@@ -85,16 +91,22 @@ class Placer:
         hosting = [e for e in self.engines.values() if self._policy.hosts(e)]
         self._longest = max((e.longest_context_tokens for e in hosting), default=None)
 
+    def _roomiest(self) -> Ranking[EngineState]:
+        for engine in self._stale.values():
+            self._by_room.put(engine.id, engine, -engine.reachable_tokens())
+        self._stale.clear()
+        return self._by_room
+
     def room_tokens(self) -> int:
         """The most that could be free on any one engine that takes conversations."""
-        return max((e.reachable_tokens() for e in islice(self._roomiest, 1)), default=0)
+        return max((e.reachable_tokens() for e in islice(self._roomiest(), 1)), default=0)
 
     def waiting_place(self, turn: TurnState) -> EngineState | None:
         """Where a turn whose conversation has no home waits, so that room gathers there: an engine
         with much room already, and few that wait for it."""
         able = (
             e
-            for e in islice(self._roomiest, _SCAN_ROOMIEST)
+            for e in islice(self._roomiest(), _SCAN_ROOMIEST)
             if turn.prompt_tokens < e.longest_context_tokens
         )
         return min(able, key=lambda engine: len(engine.waiting), default=None)
@@ -143,15 +155,29 @@ class Placer:
         Returns:
             The engine and the tokens to be free on it, or None.
         """
+        best = self._first_with_room(turn, islice(self._hosts, _SCAN_FIRST), exclude, new=new)
+        if best is not None and best[0].free_tokens >= best[1] and best[0].id != turn.avoid:
+            return best
         home = turn.conversation.home
         if (home is None or home in exclude) and self.room_tokens() < turn.prompt_tokens:
             return None
+        # The best by rank, and those with the most room in case none of the best has enough.
+        engines = chain(
+            islice(self._hosts, _SCAN_DECODERS), islice(self._roomiest(), _SCAN_ROOMIEST)
+        )
+        return self._first_with_room(turn, engines, exclude, new=new)
+
+    def _first_with_room(
+        self,
+        turn: TurnState,
+        engines: Iterable[EngineState],
+        exclude: Collection[EngineState],
+        *,
+        new: bool,
+    ) -> tuple[EngineState, int] | None:
         after_parking: tuple[EngineState, int] | None = None
         last_resort: tuple[EngineState, int] | None = None
-        # The best by rank, and those with the most room in case none of the best has enough.
-        for engine in chain(
-            islice(self._hosts, _SCAN_DECODERS), islice(self._roomiest, _SCAN_ROOMIEST)
-        ):
+        for engine in engines:
             if engine in exclude or turn.prompt_tokens >= engine.longest_context_tokens:
                 continue
             if new and engine.waiting and not turn.conversation.turns:
@@ -182,6 +208,7 @@ class Placer:
         """
         best: EngineState | None = None
         best_s = 0.0
+        compared = 0
         full: EngineState | None = None
         for engine in islice(self._prefillers, _SCAN_PREFILLERS):
             pages = engine.pages(turn.prompt_tokens)
@@ -194,6 +221,9 @@ class Placer:
                 done_s = engine.prefill_backlog_s + engine.prefill_s(turn.prompt_tokens)
                 if best is None or done_s < best_s:
                     best, best_s = engine, done_s
+                compared += 1
+                if compared == _COMPARE_PREFILLERS:
+                    break
             elif full is None and reachable + engine.handing_over_tokens >= pages:
                 full = engine
         return best or full
