@@ -25,6 +25,8 @@ from conserve_serving.core.waiting import WaitingRoom
 _WAKE_ROUNDS: Final = 4
 # Engines tried for one turn whose idle conversations turn out too large for the host tier.
 _PARK_TRIES: Final = 4
+# Idle conversations looked at, and at most released, to make room for one turn.
+_DISPLACE: Final = 64
 _REPLACED: Final[Mapping[TransferReason, Reason]] = {
     TransferReason.FIRST_TURN: Reason.FIRST_TURN_HANDOFF,
     TransferReason.ENGINE_LOST: Reason.REPLACED_ENGINE_LOST,
@@ -318,22 +320,30 @@ class Dispatcher:
         engine = self.home(conversation) or self.placer.longest_idle(turn)
         if engine is None:
             return False
-        wanted = self.placer.wanted_tokens(turn, engine)
-        protect_s = self._settings.protect_idle_s
-        while engine.reachable_tokens(conversation) < wanted:
-            others = (c for c in islice(engine.idle.values(), 2) if c is not conversation)
-            oldest = next(others, None)
-            if oldest is None:
-                return False
-            safe_until_s = oldest.last_active_s + protect_s
+        missing = self.placer.wanted_tokens(turn, engine) - engine.reachable_tokens(conversation)
+        host_free = engine.host_capacity_tokens - engine.parked_tokens
+        if missing > engine.idle_tokens - host_free:
+            return False  # what is idle and cannot be parked is not enough: the rest is running
+        victims: list[ConversationState] = []
+        for idle in islice(engine.idle.values(), _DISPLACE):
+            if missing <= 0:
+                break
+            if idle is conversation or idle.live:
+                continue
+            safe_until_s = idle.last_active_s + self._settings.protect_idle_s
             if safe_until_s > self.now_s:
                 if turn.recheck_s is None or turn.recheck_s <= self.now_s:
                     turn.recheck_s = safe_until_s
                     self.waiting.recheck(turn, safe_until_s)
                 return False
-            self.release(oldest, Reason.IDLE_DISPLACED)
-            oldest.moved_because = TransferReason.KV_LOST
-        return True
+            victims.append(idle)
+            missing -= idle.resident
+        if missing > 0:
+            return False
+        for victim in victims:
+            self.release(victim, Reason.IDLE_DISPLACED)
+            victim.moved_because = TransferReason.KV_LOST
+        return bool(victims)
 
     def _place_at_home(self, turn: TurnState, home: EngineState) -> bool:
         conversation = turn.conversation
