@@ -109,3 +109,20 @@ def test_a_journal_replays_to_the_same_decisions(operations: list[tuple[int, int
         record = to_record(now_s, event, decisions)
         assert from_record(record) == (now_s, event, decisions)
         assert fresh.handle(event, now_s=now_s) == decisions
+
+
+@pytest.mark.parametrize("mode", list(TierMode))
+def test_long_random_walks_in_a_tight_cluster(mode: TierMode) -> None:
+    """Longer than what hypothesis draws, and evenly spread: finds what needs many things at once."""
+    displaced = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        chaos = Chaos("conserve", tier_mode=mode, tight=True)
+        for index in range(3):
+            chaos.join(f"{'pdd'[index]}{index}", 20 + index)
+        for _ in range(60):
+            chaos.step(draw.randint(0, 20), draw.randint(0, 31), draw.randint(0, 40))
+        chaos.settle()
+        assert chaos.outcomes.keys() == chaos.arrived.keys()
+        displaced += chaos.scheduler.counters.releases[Reason.IDLE_DISPLACED]
+    assert displaced > 0

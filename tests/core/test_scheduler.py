@@ -374,6 +374,17 @@ def test_a_lost_prefiller_hands_its_turns_to_the_decoder() -> None:
     assert world.scheduler.counters.transfers == {}
 
 
+def test_a_lost_prefiller_lets_go_of_those_that_waited_for_its_room() -> None:
+    world = World(headroom=0.0)
+    world.engine("p0", Tier.PREFILL, capacity=16_000)
+    world.engine("d0", capacity=100_000)
+    one(world.arrive("t1", "a", 12_000), Place)
+    assert one(world.arrive("t2", "b", 10_000), Hold).reason is Reason.HELD_NO_ROOM
+    lost = world.send(EngineLost(engine=EngineId("p0"), epoch=1))
+    places = {d.turn: d.prefiller for d in lost if isinstance(d, Place)}
+    assert places == {"t1": None, "t2": None}
+
+
 def test_a_late_acknowledgement_is_a_counted_fallback_not_a_failure() -> None:
     world = World()
     world.cluster("d0")

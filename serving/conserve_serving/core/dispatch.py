@@ -17,7 +17,7 @@ from conserve_serving.core.growth import GrowthModel
 from conserve_serving.core.placement import Placer
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
-from conserve_serving.core.types import EngineId, Reason, TransferReason
+from conserve_serving.core.types import EngineId, Reason, Tier, TransferReason
 from conserve_serving.core.views import Policy, PrefillPlace
 from conserve_serving.core.waiting import WaitingRoom
 
@@ -119,6 +119,10 @@ class Dispatcher:
             self.waiting.settle(turn, None)
             self.waiting.recheck(turn, self.now_s)
         self.recheck()
+        if engine.tier is Tier.PREFILL:  # who waited for room there may be prefilled elsewhere
+            best = self.placer.best_host()
+            if best is not None:
+                self.free(best)
 
     def _retry(self, turn: TurnState) -> bool:
         """Try a turn of the waiting room again; whether it was placed."""

@@ -83,6 +83,10 @@ class Placer:
     def has_hosts(self) -> bool:
         return len(self._hosts) > 0
 
+    def best_host(self) -> EngineState | None:
+        """The engine ranked best of those that take conversations."""
+        return next(iter(self._hosts), None)
+
     def longest_context_tokens(self) -> int | None:
         """Longest context any engine that hosts could hold; None when there is no such engine."""
         return self._longest
