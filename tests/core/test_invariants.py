@@ -113,7 +113,7 @@ def test_a_journal_replays_to_the_same_decisions(operations: list[tuple[int, int
 
 @pytest.mark.parametrize("mode", list(TierMode))
 def test_long_random_walks_in_a_tight_cluster(mode: TierMode) -> None:
-    """Longer than what hypothesis draws, and evenly spread: finds what needs many things at once."""
+    """Longer than what hypothesis draws: finds what needs many things to happen at once."""
     displaced = 0
     for seed in range(400):
         draw = random.Random(seed)
