@@ -55,6 +55,7 @@ class Cluster:
         gateway_does: tuple[str, ...] = (),
         knows: str = "d0,d1",
         ready_timeout_s: float = PATIENCE_S,
+        attach_timeout_s: float = PATIENCE_S,
         drain_s: float = PATIENCE_S,
     ) -> Supervisor:
         order = self.folder / "order"
@@ -80,6 +81,7 @@ class Cluster:
             notify=self.notify,
             commands=Commands(engine=engine_program, gateway=gateway_program),
             ready_timeout_s=ready_timeout_s,
+            attach_timeout_s=attach_timeout_s,
             backoff=Backoff(first_s=0.0, give_up_after=3),
         )
         self.made.append(supervisor)

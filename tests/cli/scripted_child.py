@@ -9,7 +9,8 @@ Usage: scripted_child.py --port N [behaviour …]
     mute             never announce
     ignore-term      ignore SIGTERM
     deaf             do not notice the end of stdin
-    cluster=IDS      serve GET /conserve/v1/cluster with these engine ids (comma-separated)
+    cluster=IDS      serve GET /conserve/v1/cluster with these engine ids (comma-separated;
+                     ID:STATE for other states than ready; @FILE: they are in a file)
     log=FILE:WORD    append WORD to FILE when told to stop
 """
 
@@ -64,7 +65,9 @@ def say(text: str) -> None:
 def serve(port: int, ids: list[str]) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            engines = [{"id": id_, "state": "ready", "tier": "decode"} for id_ in ids]
+            known = Path(ids[0][1:]).read_text().split(",") if ids[0][0] == "@" else ids
+            named = [id_.partition(":") for id_ in known]
+            engines = [{"id": i, "state": s or "ready", "tier": "decode"} for i, _, s in named]
             body = json.dumps({"engines": engines, "conversations": []}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))

@@ -53,6 +53,15 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "http://HOST:PORT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("speed", ["nan", "inf", "0", "-1"])
+@pytest.mark.parametrize("command", [["up"], ["demo"]])
+def test_speed_is_a_finite_number(
+    capsys: pytest.CaptureFixture[str], command: list[str], speed: str
+) -> None:
+    assert run([*command, "--speed", speed]) == 2
+    assert "--speed" in capsys.readouterr().err
+
+
 def test_unreachable_gateway_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["explain", "c", "--gateway", "http://127.0.0.1:1"]) == 1
     what, remedy = capsys.readouterr().err.splitlines()
@@ -146,7 +155,7 @@ def test_gateway_gets_started_engines_by_url_and_everything_else_unchanged(tmp_p
     path = tmp_path / "c.toml"
     path.write_text(
         '[gateway]\nhost = "127.0.0.1"\ndrain_timeout_s = 7.5\n'
-        '[identity]\naliases = ["X-Ünïcode-\\"quoted\\""]\n'
+        '[identity]\naliases = ["X-Mine"]\n'
         '[scheduler]\ntier_mode = "hosting"\nhandoff_min_tokens = 512\n'
         '[[tiers]]\nrole = "prefill"\ncount = 2\nspeed = 3.0\n'
         '[[tiers]]\nrole = "decode"\nname = "a"\nspeed = 3.0\nkv_capacity_tokens = 9000\n'

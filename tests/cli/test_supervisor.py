@@ -56,6 +56,32 @@ async def test_gateway_that_never_joins_its_engines_is_reported(scene: Cluster) 
     assert supervisor.gateway.pid is None
 
 
+async def test_attached_engines_are_waited_for(scene: Cluster) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        knows.write_text("d0,d1,a0")  # it joins meanwhile
+
+    knows = scene.folder / "knows"
+    knows.write_text("d0,d1,a0:joining")
+    supervisor = scene.supervisor(knows=f"@{knows}")
+    supervisor._sleep = sleep
+    await supervisor.start()
+    assert pauses
+    assert scene.notices == []
+
+
+async def test_attached_engines_that_do_not_join_are_named_and_left(scene: Cluster) -> None:
+    supervisor = scene.supervisor(knows="d0,d1,a0:joining,a1,a2:unfit", attach_timeout_s=0.2)
+    await supervisor.start()
+    (notice,) = scene.notices
+    assert "a0 (joining)" in notice
+    assert "a2 (unfit)" in notice
+    assert "a1" not in notice
+    assert await supervisor.stop()
+
+
 async def test_crashed_engine_is_restarted_and_the_cluster_goes_on(scene: Cluster) -> None:
     supervisor = scene.supervisor()
     await supervisor.start()

@@ -274,6 +274,58 @@ async def test_events_that_arrive_together_stay_together(server: ScriptedServer)
         assert response.header(b"trailer") is None
 
 
+async def test_forward_waits_for_a_consumer_that_is_behind(server: ScriptedServer) -> None:
+    taken: list[bytes] = []
+    go, behind = asyncio.Event(), asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        peer.send(CHUNKED)
+        for n in range(3):
+            peer.send(chunk(b"%d" % n))
+            await asyncio.sleep(0.02)
+        peer.send(b"0\r\n\r\n")
+
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return data != b"1"
+
+    async def drained() -> None:
+        behind.set()
+        await go.wait()
+
+    pool = await server.pool(script)
+    async with await pool.request("GET", "/") as response, asyncio.timeout(5):
+        forwarding = asyncio.create_task(response.forward(take, drained))
+        await behind.wait()
+        await asyncio.sleep(0.1)
+        assert taken == [b"0", b"1"]
+        go.set()
+        await forwarding
+        assert taken == [b"0", b"1", b"2"]
+        assert response.exhausted
+
+
+async def test_forward_raises_what_its_consumer_raised(server: ScriptedServer) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        peer.send(CHUNKED)
+        await asyncio.sleep(0.02)
+        peer.send(chunk(b"one"))
+        await peer.gone()
+
+    def take(data: bytes) -> bool:
+        raise ValueError(data.decode())
+
+    async def drained() -> None: ...
+
+    pool = await server.pool(script)
+    async with await pool.request("GET", "/") as response:
+        with pytest.raises(ValueError, match="one"):
+            await response.forward(take, drained)
+    await _until(lambda: pool.active == 0)
+
+
 async def test_body_that_ends_with_the_connection(server: ScriptedServer) -> None:
     async def script(peer: Peer) -> None:
         await peer.request()

@@ -55,6 +55,9 @@ class Reply:
         usage: whether counts are given at all.
         cached: cached tokens claimed; None: whatever the fake's cache holds.
         error_event: end the stream with an error event.
+        counts: the usage object claimed, instead of an honest one.
+        raw: the whole response, byte for byte, instead of anything else.
+        done: whether a stream ends with ``data: [DONE]``.
     """
 
     status: int = 200
@@ -68,6 +71,9 @@ class Reply:
     usage: bool = True
     cached: int | None = None
     error_event: bool = False
+    counts: dict[str, Any] | None = None
+    raw: bytes | None = None
+    done: bool = True
 
 
 @dataclass
@@ -86,6 +92,7 @@ class FakeEngine:
     prefill_status: int = 200
     tokenize_status: int = 200
     healthy: bool = True
+    running: int = 0
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     prefill_tokens: int = 0
@@ -183,7 +190,7 @@ class FakeEngine:
                 return 200, {"data": [card]}
             case "/v1/loads":
                 load = {
-                    "num_running_reqs": 0,
+                    "num_running_reqs": self.running,
                     "num_waiting_reqs": 0,
                     "total_prefill_uncached_tokens": self.prefill_tokens,
                     "total_prefill_busy_us": self.prefill_tokens,
@@ -234,6 +241,10 @@ class FakeEngine:
         if reply.die_before:
             writer.transport.abort()
             return False
+        if reply.raw is not None:
+            writer.write(reply.raw)
+            await writer.drain()
+            return False
         if reply.status != 200:
             _respond(writer, reply.status, reply.body)
             return True
@@ -245,6 +256,8 @@ class FakeEngine:
             "total_tokens": prompt + reply.words,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        if reply.counts is not None:
+            usage = reply.counts
         if not body.get("stream"):
             answer = {"id": "x", "model": body["model"], "choices": [{"index": 0, "text": "a"}]}
             _respond(writer, 200, {**answer, **({"usage": usage} if reply.usage else {})})
@@ -268,7 +281,8 @@ class FakeEngine:
             _event(writer, {"error": {"message": "aborted on the engine", "code": 500}})
         elif reply.usage and (body.get("stream_options") or {}).get("include_usage"):
             _event(writer, {"choices": [], "usage": usage})
-        _chunk(writer, b"data: [DONE]\n\n")
+        if reply.done:
+            _chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
         return True

@@ -303,14 +303,35 @@ async def test_restart_between_two_polls_is_noticed(make_cluster: Any) -> None:
     assert cluster.gateway.fleet.get("d0").epoch == 2
 
 
-async def test_silent_engine_is_given_up(make_cluster: Any, reply: Any) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_silent_engine_is_given_up(make_cluster: Any, reply: Any, stream: bool) -> None:
     cluster = await make_cluster(prefillers=0, gateway={"stall_timeout_s": 0.1})
     never = asyncio.Event()
     for decoder in cluster.decoders:
         decoder.replies.append(reply(before=never))
-    answer = await cluster.chat("c", "hi")
+    answer = await cluster.chat("c", "hi", stream=stream)
     assert answer.status == 200
     cluster.settled()
+
+
+async def test_long_reply_of_an_engine_at_work_is_waited_for(make_cluster: Any, reply: Any) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1, gateway={"stall_timeout_s": 0.05})
+    decoder, go = cluster.decoders[0], asyncio.Event()
+    decoder.running = 1
+    decoder.replies.append(reply(before=go))
+    turn = asyncio.create_task(cluster.chat("c", "hi"))
+    await decoder.until(CHAT)
+    started_s = cluster.gateway.wall()
+    await cluster.until(lambda: _progress_s(cluster) > started_s + 0.2)
+    go.set()
+    assert (await turn).status == 200
+    assert len(decoder.bodies(CHAT)) == 1
+    cluster.settled()
+
+
+def _progress_s(cluster: Any) -> float:
+    (turn,) = cluster.gateway._turns.values()
+    return turn._attempt.last_progress_s
 
 
 async def test_unfit_engines_are_refused_by_name(make_cluster: Any, fake_engine: Any) -> None:

@@ -107,6 +107,7 @@ def test_missing_file_is_a_config_error(tmp_path: Any) -> None:
         ({"x-session-id": "b", "x-dynamo-session-id": "c"}, {}, "c", "header:x-dynamo-session-id"),
         ({"x-my-alias": "z", "x-dynamo-session-id": "c"}, {}, "z", "header:x-my-alias"),
         ({"x-claude-code-session-id": "s"}, {}, "s", "header:x-claude-code-session-id"),
+        ({"x-correlation-id": "b", "x-client-request-id": "c"}, {}, None, ""),
         ({"x-session-id": " "}, {"session_id": "b"}, "b", "body:session_id"),
         ({}, {"conversation": {"id": "k"}}, "k", "body:conversation.id"),
         ({}, {"conversation": "k"}, "k", "body:conversation"),

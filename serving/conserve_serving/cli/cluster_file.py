@@ -18,9 +18,8 @@ from conserve_serving.cli.supervisor import ClusterPlan, EmulatedEngine
 from conserve_serving.core.types import Tier
 from conserve_serving.engines.profile import load_profile
 from conserve_serving.gateway.config import Config, TierSection, load_config
+from conserve_serving.gateway.config_checks import DEFAULT_PROFILE
 from conserve_serving.gateway.errors import ConfigError
-
-DEFAULT_PROFILE = "a40-qwen3-0.6b"
 
 
 def read_config(path: Path | None) -> Config:

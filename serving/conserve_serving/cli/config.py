@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
-from conserve_serving.cli.cluster_file import DEFAULT_PROFILE, engine_ids, read_config
+from conserve_serving.cli.cluster_file import engine_ids, read_config
 from conserve_serving.gateway.config import Setting
 from conserve_serving.gateway.config import explain as explain_settings
+from conserve_serving.gateway.config_checks import DEFAULT_PROFILE
 
 
 @click.command()

@@ -21,6 +21,7 @@ from conserve_serving.cli.errors import (
     ChildFailedError,
     CliError,
 )
+from conserve_serving.cli.params import FiniteRange
 from conserve_serving.cli.supervisor import Supervisor
 from conserve_serving.cli.up import make_run_dir
 
@@ -60,7 +61,7 @@ class Step:
 )
 @click.option(
     "--speed",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=10.0,
     show_default=True,
     help="Model seconds per wall second of the emulated engines.",

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from conserve_serving.cli.params import FiniteRange
 from conserve_serving.replay import options as replay_options
 from conserve_serving.replay.errors import ReplayError
 from conserve_serving.replay.gateway_api import GatewayApi, pool_for
@@ -26,7 +27,7 @@ from conserve_serving.replay.terminal import render_table
 from conserve_serving.replay.traces import TraceFormat
 from conserve_serving.replay.workload import Caps
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+_POSITIVE = FiniteRange(min=0, min_open=True)
 _AT_LEAST_ONE = click.IntRange(min=1)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -54,9 +55,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--conversations", type=_AT_LEAST_ONE, help="The trace's first N only.")
 @click.option("--max-turns", type=_AT_LEAST_ONE, help="The first K turns of each only.")
-@click.option(
-    "--max-gap", type=click.FloatRange(min=0), help="Shorten longer gaps to this (seconds)."
-)
+@click.option("--max-gap", type=FiniteRange(min=0), help="Shorten longer gaps to this (seconds).")
 @click.option(
     "--rate",
     type=_POSITIVE,

@@ -135,6 +135,7 @@ class Supervisor:
         commands: how processes are called.
         clock, sleep: monotonic seconds, and waiting.
         ready_timeout_s: how long every process, and then the whole cluster, may take to be ready.
+        attach_timeout_s: how long engines that run elsewhere are waited for.
         backoff: how crashed processes are restarted.
     """
 
@@ -148,6 +149,7 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         ready_timeout_s: float = 60.0,
+        attach_timeout_s: float = 10.0,
         backoff: Backoff = Backoff(),  # noqa: B008 - frozen
     ) -> None:
         self.url = f"http://{url_host(plan.host)}:{plan.reserved.port}"
@@ -158,6 +160,7 @@ class Supervisor:
         self._clock = clock
         self._sleep = sleep
         self._ready_timeout_s = ready_timeout_s
+        self._attach_timeout_s = attach_timeout_s
         self._store = run_dir / "store"
         self._config = run_dir / "gateway.toml"
         self._watches: list[asyncio.Task[None]] = []
@@ -266,9 +269,10 @@ class Supervisor:
                 raise result
 
     async def _wait_until_joined(self) -> None:
-        """Wait until the gateway knows every engine that was started."""
+        """Wait until the gateway knows every engine that was started, and a while for others."""
         gateway = self.gateway_http(timeout_s=5.0)
         deadline_s = self._clock() + self._ready_timeout_s
+        attached_s = self._clock() + min(self._attach_timeout_s, self._ready_timeout_s / 2)
         missing: list[str] = sorted(self.engines)
         while self._clock() < deadline_s:
             if self.gateway.pid is None:
@@ -286,8 +290,13 @@ class Supervisor:
                         )
                 joined = {engine.id for engine in cluster.engines if engine.is_up}
                 missing = sorted(set(self.engines) - joined)
-                if not missing:
+                late = [e for e in cluster.engines if e.id not in self.engines and not e.is_up]
+                waiting = self._clock() < attached_s and any(e.state != "unfit" for e in late)
+                if not missing and not waiting:
                     self.model = cluster.gateway.model
+                    if late:
+                        names = ", ".join(f"{e.id} ({e.state})" for e in late)
+                        self._notify(f"going on without attached engines not here yet: {names}")
                     return
             await self._sleep(0.05)
         raise ChildFailedError(

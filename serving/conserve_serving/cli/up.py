@@ -20,6 +20,7 @@ from rich.console import Console
 from conserve_serving.cli.cluster_file import plan_cluster, read_config
 from conserve_serving.cli.errors import EXIT_FAILED, EXIT_OK, BadInputError, CliError
 from conserve_serving.cli.live import Reporter
+from conserve_serving.cli.params import FiniteRange
 from conserve_serving.cli.ports import DEFAULT_PORT
 from conserve_serving.cli.supervisor import Supervisor
 
@@ -37,7 +38,7 @@ _PORT = click.option("--port", type=click.IntRange(0, 65535), help="Port of the 
 @_PORT
 @click.option(
     "--speed",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Run emulated engines this many times faster than the wall clock.",
 )
 @click.option("--no-live", is_flag=True, help="Plain lines instead of the live view.")

@@ -12,6 +12,7 @@ died before any byte of the response came, and then on a fresh connection.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 
 from conserve_serving.engines.http_connection import Buffer, Headers, HttpConnection
@@ -110,8 +111,12 @@ class HttpPool:
         parts: list[Buffer] = (
             [body] if isinstance(body, bytes | bytearray | memoryview) else list(body)
         )
-        size_bytes = sum(memoryview(part).nbytes for part in parts)
-        head = self._encode_head(method, path, headers, size_bytes)
+        size_bytes = sum(map(_nbytes, parts))
+        head = _encode_head(self._host_line, method, path, tuple(headers))
+        if size_bytes or method not in ("GET", "HEAD"):
+            head = b"%bContent-Length: %d\r\n\r\n" % (head, size_bytes)
+        else:
+            head += b"\r\n"
         parts.insert(0, head)
         size_bytes += len(head)
         if head_timeout_s is None:
@@ -159,26 +164,6 @@ class HttpPool:
             raise
         return response
 
-    def _encode_head(
-        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body_bytes: int
-    ) -> bytes:
-        lines = [f"{method} {path} HTTP/1.1\r\n".encode("ascii"), self._host_line]
-        for name, value in headers:
-            if name.lower() in _OWN_HEADERS:
-                raise ValueError(f"header {name!r} is set by the pool: leave it out")
-            lines.append(name + b": " + value + b"\r\n")
-        if body_bytes or method not in ("GET", "HEAD"):
-            lines.append(b"Content-Length: %d\r\n" % body_bytes)
-        head = b"".join(lines)
-        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
-            raise ValueError(
-                f"{method} {path}: method, path or a header holds CR, LF or NUL: "
-                "remove control characters before sending"
-            )
-        if lines[0].count(b" ") != 2:
-            raise ValueError(f"path {path!r} contains a space: percent-encode it")
-        return head + b"\r\n"
-
     async def _connect(self) -> HttpConnection:
         loop = asyncio.get_running_loop()
         try:
@@ -202,7 +187,9 @@ class HttpPool:
         return connection
 
     def _now_s(self) -> float:
-        return self._clock() if self._clock is not None else asyncio.get_running_loop().time()
+        if self._clock is None:
+            self._clock = asyncio.get_running_loop().time
+        return self._clock()
 
     def _take_idle(self) -> HttpConnection | None:
         oldest_s = self._now_s() - self._idle_expire_s
@@ -242,3 +229,28 @@ class HttpPool:
         if self._idle:
             first_s = next(iter(self._idle.values()))
             self._arm_sweeper(max(first_s - oldest_s, 0.0))
+
+
+def _nbytes(part: Buffer) -> int:
+    return part.nbytes if isinstance(part, memoryview) else len(part)
+
+
+@functools.lru_cache(maxsize=256)  # of all but the length, a request to an engine differs little
+def _encode_head(
+    host_line: bytes, method: str, path: str, headers: tuple[tuple[bytes, bytes], ...]
+) -> bytes:
+    """Request line and headers, without Content-Length and the empty line."""
+    lines = [f"{method} {path} HTTP/1.1\r\n".encode("ascii"), host_line]
+    for name, value in headers:
+        if name.lower() in _OWN_HEADERS:
+            raise ValueError(f"header {name!r} is set by the pool: leave it out")
+        lines.append(name + b": " + value + b"\r\n")
+    head = b"".join(lines)
+    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
+        raise ValueError(
+            f"{method} {path}: method, path or a header holds CR, LF or NUL: "
+            "remove control characters before sending"
+        )
+    if lines[0].count(b" ") != 2:
+        raise ValueError(f"path {path!r} contains a space: percent-encode it")
+    return head

@@ -145,6 +145,11 @@ class HttpConnection(asyncio.Protocol):
             transport.write(piece)
         self._sending = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether the response has arrived whole; ``on_end`` follows its last ``on_chunk``."""
+        return self._complete
+
     def pause_reading(self) -> None:
         """Stop reading, so that the engine is pushed back (its consumer is behind)."""
         if self._transport is not None and not self._transport.is_closing():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
@@ -27,13 +28,16 @@ class Response:
     """
 
     __slots__ = (
+        "_behind",
         "_buffered_bytes",
         "_chunks",
         "_connection",
         "_ended",
         "_error",
+        "_failure",
         "_origin",
         "_paused",
+        "_take",
         "_waiter",
         "headers",
         "status",
@@ -50,6 +54,9 @@ class Response:
         self._ended = False
         self._error: EngineHttpError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[bytes], bool] | None = None  # set while `forward` waits
+        self._behind = False  # `take` could not take more
+        self._failure: Exception | None = None  # what `take` raised
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of this (lower-case) name, None when there is none."""
@@ -63,7 +70,10 @@ class Response:
     @property
     def exhausted(self) -> bool:
         """Whether the whole response has arrived and been taken."""
-        return self._ended and not self._chunks
+        if self._chunks:
+            return False
+        connection = self._connection
+        return self._ended or (connection is not None and connection.complete)
 
     def __aiter__(self) -> Self:
         return self
@@ -79,12 +89,50 @@ class Response:
             if self._ended:
                 raise StopAsyncIteration
             await self._wait()
+        return self._pop()
+
+    def _pop(self) -> bytes:
         chunk = self._chunks.popleft()
         self._buffered_bytes -= len(chunk)
         if self._paused and not self._chunks and self._connection is not None:
             self._paused = False
             self._connection.resume_reading()
         return chunk
+
+    async def forward(
+        self, take: Callable[[bytes], bool], drained: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Give every chunk to ``take`` until the end, each the moment it arrives.
+
+        No task is woken for a chunk: ``take`` is called from inside the transport. What arrives
+        while ``take`` is behind waits here, and pushes the engine back as iterating does.
+
+        Args:
+            take: receives a chunk and says whether it can take another; must not block. What it
+                raises ends this call.
+            drained: awaited when it could not.
+
+        Raises:
+            ConnectionLost: the connection died before the end, or :meth:`close` was called.
+            ProtocolError: the engine broke HTTP.
+        """
+        while True:
+            while self._chunks:
+                if not take(self._pop()):
+                    await drained()
+            if self._ended:
+                return
+            self._take = take
+            try:
+                await self._wait()
+            finally:
+                self._take = None
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
+            if self._behind:
+                self._behind = False
+                await drained()
 
     async def read(self, max_bytes: int = 64 * 1024 * 1024) -> bytes:
         """The whole body.
@@ -137,6 +185,17 @@ class Response:
         self._wake()
 
     def on_chunk(self, data: bytes) -> None:
+        take = self._take
+        if take is not None:
+            try:
+                if take(data):
+                    return
+                self._behind = True
+            except Exception as error:  # noqa: BLE001 -- raised again by forward, where it belongs
+                self._failure = error
+            self._take = None
+            self._wake()
+            return
         self._chunks.append(data)
         self._buffered_bytes += len(data)
         if self._buffered_bytes > PAUSE_ABOVE_BYTES and not self._paused:

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 import msgspec
 
 _WHITESPACE = b" \t\r\n"
+_OPEN, _CLOSE = b"{}"
+_encode = msgspec.json.Encoder().encode
 
 
-def splice(body: bytes, fields: Mapping[str, object]) -> list[bytes | memoryview]:
+def splice(body: bytes | bytearray, fields: Mapping[str, object]) -> list[bytes | memoryview]:
     """Append ``fields`` to the JSON object in ``body``, without copying it.
 
     They come last, so they win over the same names sent by a client: JSON parsers, SGLang's
@@ -31,16 +33,20 @@ def splice(body: bytes, fields: Mapping[str, object]) -> list[bytes | memoryview
     Raises:
         ValueError: ``body`` is not a JSON object.
     """
-    text = body.rstrip(_WHITESPACE)
-    if not text.endswith(b"}") or not body.lstrip(_WHITESPACE).startswith(b"{"):
+    last = len(body) - 1
+    while last > 0 and body[last] in _WHITESPACE:
+        last -= 1
+    first = 0
+    while first < last and body[first] in _WHITESPACE:
+        first += 1
+    if last <= first or body[last] != _CLOSE or body[first] != _OPEN:
         raise ValueError("request body is not a JSON object: it must start with { and end with }")
     if not fields:
-        return [body]
-    end = len(text) - 1
-    before = end
-    while text[before - 1] in _WHITESPACE:
+        return [memoryview(body)]
+    before = last
+    while body[before - 1] in _WHITESPACE:
         before -= 1
     # A "{" right before the final "}" can only be the outer one: a nested object ends with its
     # own "}", a string with a quote.
-    separator = b"" if text[before - 1] == ord("{") else b","
-    return [memoryview(body)[:end], separator + msgspec.json.encode(fields)[1:]]
+    separator = b"" if body[before - 1] == _OPEN else b","
+    return [memoryview(body)[:last], separator + _encode(fields)[1:]]

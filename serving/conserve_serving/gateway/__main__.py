@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import logging
 import sys
 from pathlib import Path
+from typing import Final
 
 import uvloop
 
 from conserve_serving.gateway.config import Config, load_config
 from conserve_serving.gateway.errors import GatewayError
 from conserve_serving.gateway.server import run
+
+#: glibc's ``mallopt`` parameters (malloc.h), and what they are set to.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_KEPT_BYTES: Final = 32 * 1024 * 1024
 
 
 def main() -> int:
@@ -38,10 +46,22 @@ def main() -> int:
         # more than it ever finds.
         gc.freeze()
         gc.set_threshold(20_000, 20, 100)
+        _keep_freed_memory()
         return uvloop.run(run(config, announce=arguments.announce))
     except GatewayError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of large bodies instead of giving it back and faulting it in.
+
+    Page faults were a third of what a 2 MB request cost. Elsewhere than on glibc: nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
 
 
 if __name__ == "__main__":

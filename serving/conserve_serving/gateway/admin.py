@@ -13,11 +13,13 @@ from conserve_serving.core.types import Tier
 from conserve_serving.gateway.config import TierSection
 from conserve_serving.gateway.conversations import Conversation
 from conserve_serving.gateway.errors import (
+    ConflictError,
     InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
     UnauthorizedError,
     UnavailableError,
+    nested_too_deeply,
 )
 from conserve_serving.gateway.handoffs import Acknowledgement
 from conserve_serving.gateway.identity import Headers, Tags
@@ -52,6 +54,7 @@ class _NewEngine(msgspec.Struct):
     url: str
     tier: Tier
     profile: str | None = None
+    replace: bool = False
 
 
 def json_answer(value: object) -> tuple[list[tuple[bytes, bytes]], bytes]:
@@ -179,8 +182,18 @@ class Admin:
 
     def _add_engine(self, body: bytes) -> Answer:
         asked = _decode(body, _NewEngine)
-        if not wire.is_legal_id(asked.id) or len(asked.id) > 64:
-            raise InvalidRequestError("id must be 1 to 64 visible ASCII characters", param="id")
+        if not wire.is_legal_id(asked.id) or len(asked.id) > 64 or "/" in asked.id:
+            raise InvalidRequestError(
+                "id must be 1 to 64 visible ASCII characters without '/'", param="id"
+            )
+        known = self._gateway.fleet.get(asked.id)
+        if known is not None and known.serving and not asked.replace:
+            raise ConflictError(
+                f"engine {asked.id!r} serves at {known.url}: choose another id, or send "
+                '"replace": true',
+                param="id",
+                code="engine_exists",
+            )
         try:
             section = TierSection(
                 role=asked.tier, engine="attach", urls=(asked.url,), profile=asked.profile
@@ -213,5 +226,7 @@ def _decode(body: bytes, kind: type[_T]) -> _T:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(str(error)) from error
+    except RecursionError:
+        raise nested_too_deeply() from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"not valid JSON: {error}", code="invalid_json") from error

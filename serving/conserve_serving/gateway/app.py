@@ -15,10 +15,12 @@ from conserve_serving.gateway.errors import (
     MethodNotAllowedError,
     NotFoundError,
     UpstreamError,
+    nested_too_deeply,
     normalise_upstream,
+    quoted,
 )
 from conserve_serving.gateway.gateway import Gateway
-from conserve_serving.gateway.http_exchange import Exchange, Headers, Request
+from conserve_serving.gateway.http_exchange import Body, Exchange, Headers, Request
 from conserve_serving.gateway.metrics import Exposition
 from conserve_serving.gateway.request import Api, parse_turn
 
@@ -61,6 +63,10 @@ class App:
         except ApiError as error:
             exchange.respond(error.status, error.headers(), error.body())
             return
+        except RecursionError:  # of any decoder of the body: they stand at different depths
+            deep = nested_too_deeply()
+            exchange.respond(deep.status, deep.headers(), deep.body())
+            return
         except Exception as error:  # noqa: BLE001 -- the boundary: an answer instead of a hang
             self._defect(request, exchange, error)
             return
@@ -92,7 +98,7 @@ class App:
             parts = [unquote(part) for part in path.split("/")[3:]]
             query = parse_qs(request.query.decode("latin-1"))
             status, value = await self._admin.handle(
-                method, parts, query, request.headers, request.body
+                method, parts, query, request.headers, bytes(request.body)
             )
             return status, *json_answer(value)
         if path == "/v1/tokenize":
@@ -120,9 +126,9 @@ class App:
         for card in cards:
             if card["id"] == name:
                 return 200, *json_answer(card)
-        raise NotFoundError(f"model {name!r} is not served here", code="model_not_found")
+        raise NotFoundError(f"model {quoted(name)} is not served here", code="model_not_found")
 
-    async def _tokenize(self, body: bytes) -> Answer:
+    async def _tokenize(self, body: Body) -> Answer:
         gateway = self._gateway
         engines = gateway.fleet.serving()
         if not engines:

@@ -25,7 +25,7 @@ from conserve_serving.gateway.relay import (
     turn_headers,
 )
 from conserve_serving.gateway.request import Api
-from conserve_serving.gateway.usage import StreamTap, parse_usage
+from conserve_serving.gateway.usage import StreamTap, plausible, read_reply
 
 if TYPE_CHECKING:
     from conserve_serving.gateway.turn import Turn
@@ -52,6 +52,7 @@ class Attempt:
         refused: the engine refused the request itself; the client has its answer.
         handed_over: the KV was handed over by a prefiller.
         decoding: the request is with the decoder.
+        asking: the decoder is being asked whether it is at work on it.
         last_progress_s: when it last brought anything (wall).
     """
 
@@ -62,6 +63,7 @@ class Attempt:
         self.refused = False
         self.handed_over = False
         self.decoding = False
+        self.asking = False
         self.last_progress_s = 0.0
         self._turn = turn
         self._rid = f"{turn.id}-{place.plan}"
@@ -107,6 +109,8 @@ class Attempt:
             response = await decoder.client.stream(request.api.value, body)
             if response.status >= 400:
                 await self._refused(response)
+            elif response.status != 200:
+                raise self._nonsense(f"answered {response.status}")
             elif request.stream:
                 await self._relay(response, StreamTap(remove=remove_usage))
             else:
@@ -133,6 +137,8 @@ class Attempt:
             fields["priority"] = priority
         if self.handed_over and request.api is Api.CHAT and turn.ids is not None:
             fields["input_ids"] = turn.ids  # the very ids that were prefilled: no second rendering
+        if request.unwrapped:
+            fields["prompt"] = request.content
         remove = request.stream and not request.include_usage
         if remove:
             fields["stream_options"] = {**(request.stream_options or {}), "include_usage": True}
@@ -140,6 +146,9 @@ class Attempt:
 
     async def _relay(self, response: Response, tap: StreamTap) -> None:
         wall, decoder, mixed = self._turn.gateway.wall, self.decoder, self.decoder.mixed
+        kind = response.header(b"content-type") or b""
+        if b"text/event-stream" not in kind.lower():
+            raise self._nonsense("did not answer a stream with a stream of events")
         first, failed = True, False
 
         def on_chunk() -> None:
@@ -155,10 +164,11 @@ class Attempt:
             nonlocal failed
             failed = tap.error()
             if not failed:
-                self._finish(tap.usage(), tap.events)
+                self._finish(self._plausible(tap.usage()), tap.events)
 
         await relay_stream(
             response,
+            decoder.client.pool.origin,
             self._turn.client,
             tap,
             head=self._headers,
@@ -170,13 +180,30 @@ class Attempt:
 
     async def _reply(self, response: Response) -> None:
         body = await response.read()
-        usage = parse_usage(body)
+        is_object, usage = read_reply(body)
+        if not is_object:
+            text = body[:100].decode("utf-8", "replace")
+            raise self._nonsense(f"answered with something that is no JSON object: {text!r}")
+        usage = self._plausible(usage)
         self._turn.first_byte(self._turn.gateway.wall())
         self._finish(usage, 0)
         headers = [*passed_headers(response), (b"content-length", b"%d" % len(body))]
         block = self._headers() + cached_tokens_header(usage)
-        await self._turn.client.start(response.status, headers, block)
-        await self._turn.client.finish(body)
+        self._turn.client.start(response.status, headers, block)
+        self._turn.client.finish(body)
+
+    def _nonsense(self, what: str) -> EngineAnsweredError:
+        return EngineAnsweredError(self.decoder.client.pool.origin, what)
+
+    def _plausible(self, usage: Usage | None) -> Usage | None:
+        description = self.decoder.description
+        if description is None:
+            return usage
+        return plausible(
+            usage,
+            max_context_tokens=description.max_context_tokens,
+            choices=self._turn.request.choices,
+        )
 
     async def _refused(self, response: Response) -> None:
         """The engine answered with an error status: its own trouble, or the request's fault."""
@@ -195,8 +222,8 @@ class Attempt:
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(answer)),
         ]
-        await self._turn.client.start(status, headers, self._headers())
-        await self._turn.client.finish(answer)
+        self._turn.client.start(status, headers, self._headers())
+        self._turn.client.finish(answer)
 
     def _first_token(self, now_s: float) -> None:
         turn = self._turn

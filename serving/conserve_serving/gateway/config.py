@@ -16,7 +16,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,11 +23,18 @@ from conserve_serving.core.policies import POLICIES
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.types import Tier, TierMode
 from conserve_serving.engines.profile import list_profiles
+from conserve_serving.gateway.config_checks import (
+    DEFAULT_PROFILE,
+    check_cluster,
+    check_headers,
+    check_tier,
+    check_url,
+)
 from conserve_serving.gateway.errors import ConfigError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class GatewaySection(_Section):
@@ -41,6 +47,9 @@ class GatewaySection(_Section):
     max_body_bytes: int = Field(
         default=32 * 1024 * 1024, ge=1024, description="largest request body; larger ones get 413"
     )
+    max_connections: int = Field(
+        default=4096, ge=1, description="clients' connections open at once; further ones get 503"
+    )
     handoff_ack_timeout_s: float = Field(
         default=5.0,
         gt=0,
@@ -50,7 +59,8 @@ class GatewaySection(_Section):
     stall_timeout_s: float = Field(
         default=600.0,
         gt=0,
-        description="longest silence of an engine within a turn before it is retried",
+        description="longest silence of an engine within a turn before it is retried; where the "
+        "reply is not streamed, an engine that says it is at work is waited for",
     )
     connect_timeout_s: float = Field(default=2.0, gt=0, description="time to connect to an engine")
     control_timeout_s: float = Field(
@@ -115,8 +125,10 @@ class IdentitySection(_Section):
 
     aliases: tuple[str, ...] = Field(
         default=(),
+        strict=False,
         description="further request headers that carry a conversation id; looked at right after "
-        "X-ConServe-Conversation-ID",
+        "X-ConServe-Conversation-ID. X-Correlation-ID and X-Client-Request-ID are not looked at "
+        "unless listed here: in many clients they change with every request",
     )
     headers: bool = Field(
         default=True, description="accept the headers of known agents and routers (docs: identity)"
@@ -127,6 +139,13 @@ class IdentitySection(_Section):
         "metadata.session_id …",
     )
     baggage: bool = Field(default=True, description="accept session.id in W3C baggage")
+
+    @field_validator("aliases")
+    @classmethod
+    def _legal_aliases(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        check_headers(aliases)
+        return aliases
+
     lineage: bool = Field(
         default=True,
         description="recognise a conversation without any id by the messages it repeats",
@@ -152,6 +171,7 @@ class SchedulerSection(_Section):
 
     tier_mode: TierMode = Field(
         default=TierMode.DEDICATED,
+        strict=False,
         description="dedicated: the prefill tier only prefills; hosting: it also holds "
         "conversations",
     )
@@ -200,6 +220,7 @@ class SchedulerSection(_Section):
         ge=0,
         description="room reserved for an output until outputs have been observed",
     )
+
     def settings(self) -> SchedulerSettings:
         """The same for the scheduler."""
         names = [field.name for field in dataclasses.fields(SchedulerSettings)]
@@ -212,13 +233,15 @@ class TierSection(_Section):
     name: str | None = Field(
         default=None, description="prefix of its engines' ids; default: p or d"
     )
-    role: Tier = Field(description="prefill or decode")
+    role: Tier = Field(strict=False, description="prefill or decode")
     engine: Literal["emulated", "attach"] = Field(
         default="emulated",
         description="emulated: `conserve up` starts them; attach: running engines, by URL",
     )
-    count: int = Field(default=1, ge=1, description="engines to start (emulated)")
-    urls: tuple[str, ...] = Field(default=(), description="URLs of the running engines (attach)")
+    count: int = Field(default=1, ge=1, le=256, description="engines to start (emulated)")
+    urls: tuple[str, ...] = Field(
+        default=(), strict=False, description="URLs of the running engines (attach)"
+    )
     model: str | None = Field(
         default=None,
         description="served model's name; default: the profile's (emulated) or the engine's",
@@ -252,23 +275,19 @@ class TierSection(_Section):
     @classmethod
     def _legal_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            parts = urlsplit(url)
-            if parts.scheme != "http" or not parts.hostname:
-                raise ValueError(f"{url!r} is not of the form http://host:port")
+            check_url(url)
         return urls
 
     @model_validator(mode="after")
     def _consistent(self) -> TierSection:
-        if self.engine == "attach" and not self.urls:
-            raise ValueError('urls is missing: engine = "attach" needs the engines\' URLs')
+        check_tier(self)
         return self
 
 
 def _default_tiers() -> tuple[TierSection, ...]:
-    profile = "a40-qwen3-0.6b"
     return (
-        TierSection(role=Tier.PREFILL, count=1, profile=profile),
-        TierSection(role=Tier.DECODE, count=2, profile=profile),
+        TierSection(role=Tier.PREFILL, count=1, profile=DEFAULT_PROFILE),
+        TierSection(role=Tier.DECODE, count=2, profile=DEFAULT_PROFILE),
     )
 
 
@@ -278,15 +297,11 @@ class Config(_Section):
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     identity: IdentitySection = Field(default_factory=IdentitySection)
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
-    tiers: tuple[TierSection, ...] = Field(default_factory=_default_tiers)
+    tiers: tuple[TierSection, ...] = Field(default_factory=_default_tiers, strict=False)
 
     @model_validator(mode="after")
-    def _one_speed(self) -> Config:
-        speeds = {tier.speed for tier in self.tiers if tier.engine == "emulated"}
-        if len(speeds) > 1:
-            raise ValueError(
-                f"tiers have different speeds {sorted(speeds)}: one cluster, one clock"
-            )
+    def _consistent(self) -> Config:
+        check_cluster(self)
         return self
 
 
@@ -375,6 +390,8 @@ def _explain_error(error: dict[str, Any]) -> str:
         return f"unknown key {where!r}: {hint}"
     if error["type"] == "missing":
         return f"{where!r} is missing: add it"
+    if path == ["tiers"] and isinstance(error["input"], dict):
+        return "'tiers': write [[tiers]], once for each tier, instead of [tiers]"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(error["input"], dict) else f" (it is {error['input']!r})"
     return f"{where or 'file'!r}: {message}{given}"

@@ -10,7 +10,9 @@
         ├── UnauthorizedError         401  an operator's call without the operator's token
         ├── NotFoundError             404  no such path, conversation, engine or model
         ├── MethodNotAllowedError     405
+        ├── RequestTimeoutError       408  the request came too slowly
         ├── BodyTooLargeError         413
+        ├── ConflictError             409  an engine's id is in use
         ├── OverloadedError           429  queue full, or held too long; with Retry-After
         ├── InternalError             500  a defect of the gateway itself
         ├── UpstreamError             502  the engine answered badly, after all attempts
@@ -26,6 +28,8 @@ from typing import Any, ClassVar, Final
 
 import msgspec
 
+#: Of a name that a client chose, this much is repeated to it.
+_MAX_QUOTED: Final = 200
 _JSON: Final = (b"content-type", b"application/json")
 
 
@@ -123,12 +127,28 @@ class MethodNotAllowedError(ApiError):
     default_code = "method_not_allowed"
 
 
+class RequestTimeoutError(ApiError):
+    """The request did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
+
+
 class BodyTooLargeError(ApiError):
     """The request body is larger than ``gateway.max_body_bytes``."""
 
     status = 413
     type = "invalid_request_error"
     default_code = "body_too_large"
+
+
+class ConflictError(ApiError):
+    """The id is in use."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
 
 
 class OverloadedError(ApiError):
@@ -159,6 +179,18 @@ class UnavailableError(ApiError):
     default_code = "unavailable"
 
 
+def quoted(name: str) -> str:
+    """A name of somebody's choosing, as it appears in a message."""
+    return repr(name if len(name) <= _MAX_QUOTED else name[:_MAX_QUOTED] + "…")
+
+
+def nested_too_deeply() -> InvalidRequestError:
+    """JSON that no decoder here follows to its end."""
+    return InvalidRequestError(
+        "the request body is nested too deeply to be read: flatten it", code="invalid_json"
+    )
+
+
 def encode_error(message: str, kind: str, *, param: str | None, code: str | int | None) -> bytes:
     """OpenAI's error object as JSON bytes."""
     return msgspec.json.encode(
@@ -174,7 +206,7 @@ def normalise_upstream(status: int, body: bytes) -> bytes:
     """
     try:
         answer: Any = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         answer = None
     if isinstance(answer, dict):
         if isinstance(answer.get("error"), dict):

@@ -25,7 +25,12 @@ from conserve_serving.engines.http_errors import EngineHttpError
 from conserve_serving.gateway.config import Config
 from conserve_serving.gateway.conversations import Conversation, Conversations, Usage
 from conserve_serving.gateway.engine import Engine
-from conserve_serving.gateway.errors import NotFoundError, UnavailableError
+from conserve_serving.gateway.errors import (
+    ConfigError,
+    NotFoundError,
+    UnavailableError,
+    quoted,
+)
 from conserve_serving.gateway.fleet import Fleet
 from conserve_serving.gateway.handoffs import Handoffs
 from conserve_serving.gateway.identity import Headers, IdentityResolver, Tags
@@ -224,7 +229,7 @@ class Gateway:
             raise self.no_engine()
         if model != served:
             raise NotFoundError(
-                f"model {model!r} is not served here: use {served!r}",
+                f"model {quoted(model)} is not served here: use {served!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -371,4 +376,12 @@ class Gateway:
 
 
 def _open_journal(path: str | None) -> Journal | None:
-    return None if path is None else Journal(Path(path).open("a", encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        return Journal(Path(path).open("a", encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"gateway.decision_journal: {path}: {error.strerror}: name a file that can be written, "
+            "in a folder that exists"
+        ) from error

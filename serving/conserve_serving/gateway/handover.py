@@ -17,20 +17,28 @@ from msgspec import Raw
 from conserve_serving.core.decisions import Place
 from conserve_serving.core.events import HandoffFinished, PrefillFinished
 from conserve_serving.core.types import Fallback, Tier
-from conserve_serving.engines.http_errors import EngineHttpError
+from conserve_serving.engines.client_wire import error_message
+from conserve_serving.engines.http_errors import EngineHttpError, EngineRefused
 from conserve_serving.engines.pages import last_page_key
 from conserve_serving.gateway.engine import Engine
+from conserve_serving.gateway.errors import InvalidRequestError, nested_too_deeply
 from conserve_serving.gateway.request import Api, TurnRequest
 
 if TYPE_CHECKING:
     from conserve_serving.gateway.turn import Turn
 
 _log = logging.getLogger("conserve.gateway.handover")
+#: A tokenizer's answers that say the prompt cannot be served anywhere.
+_REQUESTS_FAULT = frozenset({400, 413, 422})
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 
 async def tokenize(turn: Turn) -> list[int] | None:
-    """Token ids of a turn's prompt, as an engine renders it; None if none of two would say."""
+    """Token ids of a turn's prompt, as an engine renders it; None if none of two would say.
+
+    Raises:
+        InvalidRequestError: an engine does not take the prompt.
+    """
     fleet = turn.gateway.fleet
     engines = fleet.serving(Tier.PREFILL) + fleet.serving(Tier.DECODE)
     engines.sort(key=lambda engine: engine.running)
@@ -39,13 +47,23 @@ async def tokenize(turn: Turn) -> list[int] | None:
             return await _tokenize_on(engine, turn.request)
         except EngineHttpError as error:
             _log.warning("tokenizing turn %s: %s", turn.id, error)
+            if isinstance(error, EngineRefused) and error.status in _REQUESTS_FAULT:
+                raise InvalidRequestError(
+                    error_message(error.body), param=turn.request.prompt_field
+                ) from error
     return None
 
 
 async def _tokenize_on(engine: Engine, request: TurnRequest) -> list[int]:
+    try:
+        if request.api is Api.CHAT:
+            fields = _FIELDS.decode(request.body)
+        else:
+            prompt = msgspec.json.decode(request.content, type=str)
+    except RecursionError:
+        raise nested_too_deeply() from None
     if request.api is Api.CHAT:
-        return (await engine.client.tokenize_chat(_FIELDS.decode(request.body))).tokens
-    prompt = msgspec.json.decode(request.content, type=str)
+        return (await engine.client.tokenize_chat(fields)).tokens
     return (await engine.client.tokenize_prompt(prompt)).tokens
 
 

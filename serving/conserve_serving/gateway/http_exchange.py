@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from conserve_serving.gateway.http_server import Connection
 
 Headers = list[tuple[bytes, bytes]]
+Body = bytes | bytearray
 
 _STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
@@ -27,9 +28,9 @@ class Request:
         self.raw_path = b""
         self.query = b""
         self.headers: Headers = []
-        self.body = b""
+        self.body: Body = b""
         self.size = 0
-        self._chunks: list[bytes] = []
+        self._chunks: list[Body] = []
 
     @property
     def path(self) -> str:
@@ -39,6 +40,14 @@ class Request:
     def add(self, chunk: bytes) -> None:
         self._chunks.append(chunk)
         self.size += len(chunk)
+
+    def fill(self, body: Body) -> None:
+        """Set the whole body at once."""
+        self._chunks = [body]
+
+    def begun(self) -> bytes:
+        """The body as far as it has come."""
+        return b"".join(self._chunks)
 
     def seal(self) -> None:
         chunks = self._chunks
@@ -51,6 +60,7 @@ class Exchange:
 
     Attributes:
         on_gone: called once if the client leaves before the response is complete.
+        sent: its head has left.
         status: of the response, once started.
     """
 
@@ -60,11 +70,12 @@ class Exchange:
         "_head",
         "_keep_alive",
         "_no_body",
-        "_version_1_0",
         "finished",
         "on_gone",
+        "sent",
         "started",
         "status",
+        "version_1_0",
     )
 
     def __init__(
@@ -72,16 +83,17 @@ class Exchange:
     ) -> None:
         self._connection = connection
         self._keep_alive = keep_alive
-        self._version_1_0 = version_1_0
+        self.version_1_0 = version_1_0
         self._no_body = no_body
         self._head = b""
         self._chunked = False
         self.started = False
         self.finished = False
+        self.sent = False
         self.status = 0
         self.on_gone: Callable[[], None] | None = None
 
-    async def start(self, status: int, headers: Headers, block: bytes = b"") -> None:
+    def start(self, status: int, headers: Headers, block: bytes = b"") -> None:
         """Set status and headers; they leave with the first part of the body.
 
         Args:
@@ -89,26 +101,6 @@ class Exchange:
             headers: names in lower case.
             block: further header lines, each with its line end.
         """
-        self._start(status, headers, block)
-
-    async def write(self, data: bytes) -> None:
-        """Send a part of the body; returns when the client can take more."""
-        connection = self._connection
-        connection.send(self._frame(data))
-        if connection.write_paused:
-            await connection.drained()
-
-    async def finish(self, data: bytes = b"") -> None:
-        """Send the last part of the body; what comes after it is ignored."""
-        if not self.finished:
-            self._finish(data)
-
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send a whole response at once."""
-        self._start(status, [*headers, (b"content-length", b"%d" % len(body))], b"")
-        self._finish(body)
-
-    def _start(self, status: int, headers: Headers, block: bytes) -> None:
         self.started = True
         self.status = status
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
@@ -118,7 +110,7 @@ class Exchange:
             if name == b"content-length":
                 sized = True
         if not sized:
-            if self._version_1_0:
+            if self.version_1_0:
                 self._keep_alive = False
             else:
                 self._chunked = True
@@ -127,22 +119,41 @@ class Exchange:
             self._keep_alive = False
         if not self._keep_alive:
             lines.append(b"connection: close\r\n")
-        elif self._version_1_0:
+        elif self.version_1_0:
             lines.append(b"connection: keep-alive\r\n")
         lines += (block, b"\r\n")
         self._head = b"".join(lines)
 
-    def _frame(self, data: bytes) -> bytes:
-        head, self._head = self._head, b""
-        if self._no_body or not data:
-            return head
-        if self._chunked:
-            return b"%b%x\r\n%b\r\n" % (head, len(data), data)
-        return head + data if head else data
+    def send(self, data: bytes) -> bool:
+        """Send a part of the body; returns whether the client can take more already."""
+        connection = self._connection
+        connection.send(self._frame(data))
+        return not connection.write_paused
 
-    def _finish(self, data: bytes) -> None:
+    async def drained(self) -> None:
+        """Return when the client can take more, or has left."""
+        await self._connection.drained()
+
+    def finish(self, data: bytes = b"") -> None:
+        """Send the last part of the body; what comes after it is ignored."""
+        if self.finished:
+            return
         self.finished = True
         out = self._frame(data)
         if self._chunked and not self._no_body:
             out += b"0\r\n\r\n"
         self._connection.complete(out, keep_alive=self._keep_alive)
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send a whole response at once."""
+        self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
+        self.finish(body)
+
+    def _frame(self, data: bytes) -> bytes:
+        head, self._head = self._head, b""
+        self.sent = True
+        if self._no_body or not data:
+            return head
+        if self._chunked:
+            return b"%b%x\r\n%b\r\n" % (head, len(data), data)
+        return head + data if head else data

@@ -17,7 +17,15 @@ from typing import Final, Protocol, cast
 
 import httptools
 
-from conserve_serving.gateway.errors import ApiError, BodyTooLargeError, InvalidRequestError
+from conserve_serving.gateway import http_body
+from conserve_serving.gateway.errors import (
+    ApiError,
+    BodyTooLargeError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    UnavailableError,
+)
+from conserve_serving.gateway.http_body import LargeBody
 from conserve_serving.gateway.http_exchange import Exchange, Request
 
 _BACKLOG: Final = 2048
@@ -26,6 +34,10 @@ _MAX_PIPELINED: Final = 4
 _IDLE_S: Final = 75.0
 _SWEEP_S: Final = 5.0
 _LINGER_S: Final = 2.0
+#: Slower bodies are given up, once they have had the time of a head.
+_MIN_BODY_BYTES_PER_S: Final = 1000
+_PROBE_S: Final = 0.05
+_MAX_PROBE_S: Final = 5.0
 
 
 class Handler(Protocol):
@@ -38,8 +50,11 @@ class Connection(asyncio.Protocol):
     """One client's connection: one exchange at a time, others wait in line."""
 
     __slots__ = (
+        "_eof",
+        "_error",
         "_exchange",
         "_head_bytes",
+        "_large_bytes",
         "_loop",
         "_parser",
         "_queue",
@@ -62,7 +77,10 @@ class Connection(asyncio.Protocol):
         self._request: Request | None = None
         self._url = b""
         self._head_bytes = 0
+        self._large_bytes = 0
         self._refused = False
+        self._error: ApiError | None = None
+        self._eof = False
         self._exchange: Exchange | None = None
         self._queue: deque[tuple[Request, Exchange]] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -87,12 +105,14 @@ class Connection(asyncio.Protocol):
         self.since_s = self._loop.time()
         if exchange is not None:
             self._server.on_response(exchange.status)
-        if self._refused and self._transport is not None:
-            self._linger(self._transport)
-        elif not keep_alive or self.closing:
-            self.close()
-        elif self._queue:
+        if self._queue and keep_alive and not self.closing:
             self._loop.call_soon(self._next)
+        elif self._error is not None and keep_alive and not self.closing:
+            self._loop.call_soon(self._answer_error)
+        elif self._refused and self._transport is not None:
+            self._linger(self._transport)
+        elif not keep_alive or self.closing or self._eof:
+            self.close()
 
     async def drained(self) -> None:
         """Return when the transport can take more, or the connection is gone."""
@@ -126,7 +146,31 @@ class Connection(asyncio.Protocol):
     # --- asyncio.Protocol --------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        if len(self._server.connections) >= self._server.max_connections:
+            self._refuse(_FULL)
+            return
         self._server.connections.add(self)
+
+    def eof_received(self) -> bool:
+        """The client will send no more: it may still read, or it may have left.
+
+        Returns:
+            Whether to keep our side open.
+        """
+        exchange = self._exchange
+        if exchange is None or exchange.version_1_0 or exchange.sent:
+            return False  # in mid-response nobody just stops sending: the client has left
+        self._eof = True
+        self._probe(_PROBE_S)
+        return True
+
+    def _probe(self, again_s: float) -> None:
+        """Find out whether the client reads: to interim answers, one that has left says reset."""
+        exchange = self._exchange
+        if self._transport is None or exchange is None or exchange.sent:
+            return  # what is sent of the response tells as well
+        self.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+        self._loop.call_later(again_s, self._probe, min(2 * again_s, _MAX_PROBE_S))
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
@@ -155,47 +199,91 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self.since_s = self._loop.time()
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refused = True  # answered as plain HTTP; what follows is not ours
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             self._refuse(cause if isinstance(cause, ApiError) else _BAD)
         except httptools.HttpParserError:
             self._refuse(_BAD)
+        if self._large_bytes:
+            self._read_large()
+
+    def _read_large(self) -> None:
+        """A large body has begun: have the rest of it read into one buffer."""
+        size, self._large_bytes = self._large_bytes, 0
+        request, transport = self._request, self._transport
+        if request is None or transport is None or request.size >= size:
+            return
+
+        def complete() -> None:
+            request.fill(large.body)
+            self._read_with(transport, self)
+            self.on_message_complete()
+            self._parser = httptools.HttpRequestParser(self)  # the old one is still in the body
+
+        large = LargeBody(self, request, size, complete)
+        self._read_with(transport, large)
+
+    def _read_with(self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol) -> None:
+        transport.pause_reading()  # the loop takes the protocol's kind in when reading starts
+        transport.set_protocol(protocol)
+        transport.resume_reading()
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read the request again as if it did not ask for another protocol (RFC 9110, 7.8).
+
+        The parser takes everything after such a head for the other protocol, the body included.
+        """
+        request, self._request = self._request, None
+        if request is None or request.method == "CONNECT":
+            self._refuse(_BAD)
+            return
+        lines = [b"%b %b HTTP/1.1" % (request.method.encode(), self._url)]
+        lines += [b"%b: %b" % header for header in request.headers if header[0] != b"upgrade"]
+        self._parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
 
     # --- httptools callbacks -----------------------------------------------------------------
     def on_message_begin(self) -> None:
+        self.since_s = self._loop.time()
         self._request = Request()
         self._url = b""
         self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._count(len(url))
+        self._head_bytes += len(url)
+        if self._head_bytes > _MAX_HEAD_BYTES:
+            raise _head_too_large()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > _MAX_HEAD_BYTES:
+            raise _head_too_large()
         if self._request is not None:
             self._request.headers.append((name.lower(), value))
-
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > _MAX_HEAD_BYTES:
-            raise InvalidRequestError(f"the request's head exceeds {_MAX_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
         request = self._request
         if request is None:
             return
+        self.since_s = self._loop.time()
         request.method = self._parser.get_method().decode("latin-1")
-        request.raw_path, _, request.query = self._url.partition(b"?")
+        target = self._url if self._url.startswith(b"/") else _origin_form(self._url)
+        request.raw_path, _, request.query = target.partition(b"?")
+        if self._parser.should_upgrade():
+            return
         for name, value in request.headers:
-            if name == b"content-length" and int(value) > self._server.max_body_bytes:
-                raise self._too_large()
-            if name == b"expect" and value.lower() == b"100-continue" and self.idle:
+            if name == b"content-length":
+                size = int(value)
+                if size > self._server.max_body_bytes:
+                    raise self._too_large()
+                if http_body.LEAST_BYTES <= size <= http_body.MOST_BYTES and not self._queue:
+                    self._large_bytes = size
+            elif name == b"expect" and value.lower() == b"100-continue" and self.idle:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, data: bytes) -> None:
@@ -206,13 +294,15 @@ class Connection(asyncio.Protocol):
                 raise self._too_large()
 
     def on_message_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return  # see _ignore_upgrade
         request, self._request = self._request, None
         if request is None or self.closing:
             return
         request.seal()
         exchange = Exchange(
             self,
-            keep_alive=self._parser.should_keep_alive() and not self._parser.should_upgrade(),
+            keep_alive=self._parser.should_keep_alive(),
             version_1_0=self._parser.get_http_version() == "1.0",
             no_body=request.method == "HEAD",
         )
@@ -241,13 +331,53 @@ class Connection(asyncio.Protocol):
         """Answer what is not a request we take, and close. Answers still due come first."""
         self._refused = True
         self._request = None
-        if self._exchange is None:
-            exchange = self._exchange = Exchange(
-                self, keep_alive=False, version_1_0=False, no_body=False
-            )
-            exchange.respond(error.status, error.headers(), error.body())
-        else:
-            self.closing = True
+        self._error = error
+        if self._exchange is None and not self._queue:
+            self._answer_error()
+
+    def _answer_error(self) -> None:
+        error, self._error = self._error, None
+        if error is None or self._transport is None:
+            return
+        exchange = self._exchange = Exchange(
+            self, keep_alive=False, version_1_0=False, no_body=False
+        )
+        exchange.respond(error.status, error.headers(), error.body())
+
+    def check_pace(self, now_s: float, head_timeout_s: float) -> None:
+        """Close when idle for too long; refuse a request that takes too long to come."""
+        if not self.idle or self._refused:
+            return
+        late_s, request = now_s - self.since_s, self._request
+        if request is None:
+            if late_s > _IDLE_S:
+                self.close()
+            return
+        late_s -= head_timeout_s + request.size / _MIN_BODY_BYTES_PER_S
+        if late_s > 0:
+            self._refuse(_SLOW)
+
+
+def _origin_form(target: bytes) -> bytes:
+    """The path and query of a target that names the server as well, as proxies are sent it."""
+    _, mark, rest = target.partition(b"://")
+    if not mark:
+        return target
+    at = min((i for i in (rest.find(b"/"), rest.find(b"?")) if i >= 0), default=len(rest))
+    path = rest[at:]
+    return path if path.startswith(b"/") else b"/" + path
+
+
+_SLOW: Final = RequestTimeoutError("the request came too slowly: send it again, faster")
+_FULL: Final = UnavailableError(
+    "too many connections: close idle ones, or raise gateway.max_connections",
+    code="too_many_connections",
+    retry_after_s=1.0,
+)
+
+
+def _head_too_large() -> InvalidRequestError:
+    return InvalidRequestError(f"the request's head exceeds {_MAX_HEAD_BYTES} bytes")
 
 
 _BAD: Final = InvalidRequestError("this is not a valid HTTP/1.1 request", code="bad_request")
@@ -260,11 +390,22 @@ class HttpServer:
         handler: answers requests.
         max_body_bytes: larger bodies are refused with 413.
         on_response: told the status of every response.
+        max_connections: further ones are answered 503 and closed.
+        head_timeout_s: time from the first byte of a head to its last; also what a body has
+            before its pace is looked at.
     """
 
     def __init__(
-        self, handler: Handler, *, max_body_bytes: int, on_response: Callable[[int], None]
+        self,
+        handler: Handler,
+        *,
+        max_body_bytes: int,
+        on_response: Callable[[int], None],
+        max_connections: int = 4096,
+        head_timeout_s: float = 15.0,
     ) -> None:
+        self.max_connections = max_connections
+        self._head_timeout_s = head_timeout_s
         self.handler = handler
         self.max_body_bytes = max_body_bytes
         self.on_response = on_response
@@ -282,10 +423,14 @@ class HttpServer:
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
-        oldest_s = loop.time() - _IDLE_S
-        for connection in [c for c in self.connections if c.idle and c.since_s < oldest_s]:
-            connection.close()
+        self.check_pace()
         self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
+
+    def check_pace(self) -> None:
+        """End connections that are idle, or bring their request, too slowly."""
+        now_s = asyncio.get_running_loop().time()
+        for connection in list(self.connections):
+            connection.check_pace(now_s, self._head_timeout_s)
 
     async def stop(self) -> None:
         """Close the port and every connection; responses still due are cut off."""

@@ -29,7 +29,8 @@ from conserve_serving.gateway.errors import InvalidRequestError
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-#: Headers of routers, agents and gateways in use, in the order they are believed.
+#: Headers of routers, agents and gateways in use, in the order they are believed. Not among them:
+#: X-Correlation-ID and X-Client-Request-ID, which many clients make anew for every request.
 KNOWN_HEADERS: Final = (
     "x-dynamo-session-id",
     "x-smg-routing-key",
@@ -40,7 +41,6 @@ KNOWN_HEADERS: Final = (
     "thread_id",
     "x-session-affinity",
     "x-opencode-session",
-    "x-client-request-id",
     "x-amp-thread-id",
     "x-grok-conv-id",
     "x-session-id",
@@ -48,7 +48,6 @@ KNOWN_HEADERS: Final = (
     "x-litellm-trace-id",
     "helicone-session-id",
     "agent-session-id",
-    "x-correlation-id",
 )
 #: A sub-agent's own id, which goes with its session's header.
 _SUB_AGENT: Final = b"x-claude-code-agent-id"
@@ -192,7 +191,13 @@ class IdentityResolver:
     def _own(self, tags: Tags, name: bytes, value: bytes) -> None:
         text = value.decode("latin-1").strip()
         if name == CONVERSATION_ID:
-            tags.conversation = _own_id(wire.CONVERSATION_ID, text)
+            id = _own_id(wire.CONVERSATION_ID, text)
+            if tags.conversation not in (None, id):
+                raise InvalidRequestError(
+                    f"two different {wire.CONVERSATION_ID} headers: send one",
+                    param=wire.CONVERSATION_ID,
+                )
+            tags.conversation = id
             tags.source = "conserve"
         elif name == PARENT_ID:
             tags.parent = _own_id(wire.PARENT_ID, text)

@@ -141,13 +141,9 @@ class PrefixMark:
         content = memoryview(request.content)[:-1]
         length = self._length = len(content)
         whole = min(length // _BLOCK_BYTES, _MAX_BLOCKS) * _BLOCK_BYTES
-        self._blocks = array(
-            "Q",
-            [
-                xxh3_64_intdigest(content[start : start + _BLOCK_BYTES])
-                for start in range(0, whole, _BLOCK_BYTES)
-            ],
-        )
+        self._blocks = array("Q")
+        for start in range(0, whole, _BLOCK_BYTES):
+            self._blocks.append(xxh3_64_intdigest(content[start : start + _BLOCK_BYTES]))
         self._tail = xxh3_64_intdigest(content[whole : whole + _BLOCK_BYTES])
         self._tools = xxh3_64_intdigest(request.tools) if request.tools else 0
 

@@ -42,7 +42,10 @@ class PlacementSigner:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._key = hashlib.sha256(b"conserve placement" + key).digest()
+        # BLAKE2 in its keyed mode is a MAC, and ten times as quick as HMAC here.
+        self._mac = hashlib.blake2b(
+            digest_size=_SIGNATURE_BYTES, key=hashlib.sha256(b"conserve placement" + key).digest()
+        )
 
     def sign(
         self,
@@ -83,6 +86,6 @@ class PlacementSigner:
         )
 
     def _signature(self, payload: bytes, conversation: ConversationId) -> bytes:
-        # BLAKE2 in its keyed mode is a MAC, and ten times as quick as HMAC here.
-        message = payload + b"\0" + conversation.encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(message, digest_size=_SIGNATURE_BYTES, key=self._key).digest()
+        mac = self._mac.copy()
+        mac.update(payload + b"\0" + conversation.encode("utf-8", "surrogatepass"))
+        return mac.digest()

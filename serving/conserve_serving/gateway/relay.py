@@ -10,6 +10,7 @@ from typing import Final, Protocol
 
 from conserve_agents import wire
 from conserve_serving.engines.http import Response
+from conserve_serving.engines.http_errors import BadReply
 from conserve_serving.gateway.conversations import Usage
 from conserve_serving.gateway.usage import StreamTap
 
@@ -28,6 +29,7 @@ _NOT_PASSED: Final = frozenset(
         b"content-length",
         b"date",
         b"server",
+        b"set-cookie",
     }
 )
 _DONE: Final = b"data: [DONE]"
@@ -64,13 +66,16 @@ class Client(Protocol):
     def started(self) -> bool:
         """Whether a byte of the response has been sent."""
 
-    async def start(self, status: int, headers: Headers, block: bytes = b"") -> None:
+    def start(self, status: int, headers: Headers, block: bytes = b"") -> None:
         """Send status and headers; ``block`` are further header lines as they go out."""
 
-    async def write(self, data: bytes) -> None:
-        """Send a part of the body; returns when the client can take more."""
+    def send(self, data: bytes) -> bool:
+        """Send a part of the body; returns whether the client can take more already."""
 
-    async def finish(self, data: bytes = b"") -> None:
+    async def drained(self) -> None:
+        """Return when the client can take more."""
+
+    def finish(self, data: bytes = b"") -> None:
         """Send the last part of the body."""
 
 
@@ -127,6 +132,7 @@ def passed_headers(response: Response) -> Headers:
 
 async def relay_stream(
     response: Response,
+    origin: str,
     client: Client,
     tap: StreamTap,
     *,
@@ -141,6 +147,7 @@ async def relay_stream(
 
     Args:
         response: the engine's, its status 200.
+        origin: the engine's address, for errors.
         client: receives it.
         tap: sees every chunk and says what of it the client gets.
         head: header lines to add to the engine's; called at the first chunk.
@@ -149,24 +156,32 @@ async def relay_stream(
             a client's next turn must not overtake the end of this one.
 
     Raises:
-        EngineHttpError: the engine's connection broke before the end.
+        EngineHttpError: the engine's connection broke before the end, or there was none.
     """
     done, last = False, b""
-    async for chunk in response:
+
+    def take(chunk: bytes) -> bool:
+        nonlocal done, last
         on_chunk()
         if not client.started:
-            await client.start(response.status, passed_headers(response), head())
+            client.start(response.status, passed_headers(response), head())
         out = tap.feed(chunk)
-        if not done and _DONE in chunk:
+        if not done and _DONE in chunk and tap.ended():
             done = True
             on_done()
         if response.exhausted:  # the end came with this chunk: one write for both
             last = out
-        elif out:
-            await client.write(out)
+            return True
+        return client.send(out) if out else True
+
+    await response.forward(take, client.drained)
     out = last + tap.flush()
     if not done:
+        if not tap.ended() and not tap.error():
+            if client.started and out:
+                client.send(out)
+            raise BadReply(origin, "the stream ended without its last event, data: [DONE]")
         on_done()
     if not client.started:
-        await client.start(response.status, passed_headers(response), head())
-    await client.finish(out)
+        client.start(response.status, passed_headers(response), head())
+    client.finish(out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -49,14 +49,14 @@ class _Body(msgspec.Struct):
 
 
 _DECODER: Final = msgspec.json.Decoder(_Body)
-_IDS: Final = msgspec.json.Decoder(list[int])
+_IDS: Final = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]])
 _MESSAGES: Final = msgspec.json.Decoder(list[Raw])
 _ANY: Final = msgspec.json.Decoder()
 #: ``Expected `int`, got `str` - at `$.max_tokens```
 _FIELD: Final = re.compile(r" - at `\$\.?([^`]*)`")
 _HEAD_BYTES: Final = 64
-#: A prompt that is one list of integers.
-_TOKEN_IDS: Final = re.compile(rb"\s*\[\s*\d")
+#: A prompt that is one list of numbers.
+_TOKEN_IDS: Final = re.compile(rb"\s*\[\s*[-\d]")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,12 +67,13 @@ class TurnRequest:
         content: raw JSON of the messages array or the prompt: what the prompt is made of.
         tools: raw JSON of the tools, empty when there are none.
         token_ids: the prompt's token ids, where it was given as such.
+        unwrapped: the prompt was the only one of a list; ``content`` is the prompt itself.
         include_usage: the client itself asked for the usage event of a stream.
         stream_options: the client's own, as a mapping.
     """
 
     api: Api
-    body: bytes
+    body: bytes | bytearray
     model: str
     stream: bool
     stream_options: dict[str, Any] | None
@@ -81,7 +82,18 @@ class TurnRequest:
     content: Raw
     tools: bytes
     token_ids: list[int] | None
+    unwrapped: bool
     _parsed: _Body
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that holds the prompt."""
+        return "messages" if self.api is Api.CHAT else "prompt"
+
+    @property
+    def choices(self) -> int:
+        """Completions asked for; at least 1."""
+        return max(1, self._parsed.n or 1)
 
     def identity(self) -> dict[str, Raw]:
         """Fields of the body that may carry a conversation id, raw."""
@@ -96,7 +108,7 @@ class TurnRequest:
         return _MESSAGES.decode(self.content)
 
 
-def parse_turn(api: Api, body: bytes) -> TurnRequest:
+def parse_turn(api: Api, body: bytes | bytearray) -> TurnRequest:
     """Read a completion request.
 
     Args:
@@ -108,15 +120,23 @@ def parse_turn(api: Api, body: bytes) -> TurnRequest:
     """
     try:
         parsed = _DECODER.decode(body)
+        if not body.isascii():
+            body.decode()  # what the decoder left raw goes on to an engine
     except msgspec.ValidationError as error:
         raise _wrong_type(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"the request body is not valid UTF-8: {error.reason} at byte {error.start}",
+            code="invalid_json",
+        ) from error
+    except msgspec.DecodeError as error:
         raise InvalidRequestError(
             f"the request body is not valid JSON: {error}", code="invalid_json"
         ) from error
     if not parsed.model:
         raise InvalidRequestError("model is missing: name the served model", param="model")
     content, token_ids = _content(api, parsed)
+    unwrapped = api is Api.COMPLETIONS and content is not parsed.prompt
     options = _stream_options(parsed.stream_options)
     limit = parsed.max_completion_tokens
     if limit is None:
@@ -134,6 +154,7 @@ def parse_turn(api: Api, body: bytes) -> TurnRequest:
         content=content,
         tools=b"" if parsed.tools is UNSET else bytes(parsed.tools),
         token_ids=token_ids,
+        unwrapped=unwrapped,
         _parsed=parsed,
     )
 
@@ -162,27 +183,40 @@ def _content(api: Api, parsed: _Body) -> tuple[Raw, list[int] | None]:
         return parsed.messages, None
     if not isinstance(parsed.prompt, Raw):
         raise InvalidRequestError("prompt is missing: send text or token ids", param="prompt")
-    head = bytes(memoryview(parsed.prompt)[:_HEAD_BYTES]).lstrip()
+    return _prompt(parsed.prompt, listed=False)
+
+
+def _prompt(prompt: Raw, *, listed: bool) -> tuple[Raw, list[int] | None]:
+    """Text or token ids; or the only one in a list of such prompts, unless ``listed`` already."""
+    head = bytes(memoryview(prompt)[:_HEAD_BYTES]).lstrip()
     if head.startswith(b'"'):
-        return parsed.prompt, None
+        return prompt, None
     if _TOKEN_IDS.match(head):
-        try:
-            return parsed.prompt, _IDS.decode(parsed.prompt)
-        except msgspec.DecodeError as error:
-            raise InvalidRequestError(
-                f"prompt is not a list of token ids: {error}", param="prompt"
-            ) from error
+        return prompt, _token_ids(prompt)
     if head.startswith(b"["):
-        try:
-            count = len(_MESSAGES.decode(parsed.prompt))
-        except msgspec.DecodeError:
-            count = 0
-        if count >= 1:
+        items = _MESSAGES.decode(prompt)
+        if not items:
+            raise InvalidRequestError("prompt is empty: send text or token ids", param="prompt")
+        first = bytes(memoryview(items[0])[:1])
+        if first.isdigit() or first == b"-":  # far behind its bracket
+            return prompt, _token_ids(prompt)
+        if len(items) == 1 and not listed:
+            return _prompt(items[0], listed=True)
+        if len(items) > 1:
             raise InvalidRequestError(
                 "a list of prompts is several conversations: send one request for each",
                 param="prompt",
             )
     raise InvalidRequestError("prompt must be text or a list of token ids", param="prompt")
+
+
+def _token_ids(prompt: Raw) -> list[int]:
+    try:
+        return _IDS.decode(prompt)
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(
+            f"prompt is not a list of token ids: {error}", param="prompt"
+        ) from error
 
 
 def _stream_options(raw: Raw | UnsetType) -> dict[str, Any] | None:

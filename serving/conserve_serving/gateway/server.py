@@ -61,6 +61,7 @@ class GatewayServer:
         server = HttpServer(
             App(gateway),
             max_body_bytes=settings.max_body_bytes,
+            max_connections=settings.max_connections,
             on_response=gateway.metrics.count_response,
         )
         try:

@@ -132,9 +132,35 @@ class Turn:
             self.task.cancel()
 
     def check_progress(self, now_s: float, limit_s: float) -> None:
-        """Give the attempt up if its engine has been silent for longer than ``limit_s``."""
+        """Give the attempt up if its engine has been silent for longer than ``limit_s``.
+
+        A reply that is not streamed brings nothing before it is complete: there the engine is
+        asked whether it is at work.
+        """
         attempt = self._attempt
-        if attempt is not None and attempt.decoding and now_s - attempt.last_progress_s > limit_s:
+        if attempt is None or not attempt.decoding or now_s - attempt.last_progress_s <= limit_s:
+            return
+        if self.request.stream:
+            self._interrupt()
+        elif not attempt.asking:
+            attempt.asking = True
+            self.gateway.background.start(self._ask(attempt), f"ask about turn {self.id}")
+
+    async def _ask(self, attempt: Attempt) -> None:
+        since_s, decoder = self.gateway.wall(), attempt.decoder
+        await self.gateway.fleet.suspect(decoder)
+        attempt.asking = False
+        if self._attempt is not attempt:
+            return
+        loads = decoder.loads
+        if (
+            decoder.serving
+            and decoder.last_byte_s >= since_s
+            and loads is not None
+            and (loads.running_requests or loads.waiting_requests)
+        ):
+            attempt.last_progress_s = self.gateway.wall()
+        else:
             self._interrupt()
 
     def first_byte(self, now_s: float) -> None:
@@ -278,7 +304,7 @@ class Turn:
         finally:
             self._attempt = None
         if attempt.finished:  # everything had come but the end of the response
-            await self.client.finish()
+            self.client.finish()
             return True
         await self._upstream_failed(place, error)
         return False
@@ -325,15 +351,15 @@ class Turn:
         if self._gone:
             return
         if self.client.started:
-            await self.client.finish(error.event() if self.request.stream else b"")
+            self.client.finish(error.event() if self.request.stream else b"")
             return
         body = error.body()
         headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
         block = conversation_headers(
             conversation=self.conversation.id, source=self.tags.source, turn_index=self.index
         )
-        await self.client.start(error.status, headers, block)
-        await self.client.finish(body)
+        self.client.start(error.status, headers, block)
+        self.client.finish(body)
 
     def _conclude(self) -> None:
         conversation, gateway = self.conversation, self.gateway

@@ -16,8 +16,12 @@ import msgspec
 from conserve_serving.gateway.conversations import Usage
 
 _TAIL_CHUNKS: Final = 8
+#: Smaller chunks are kept with the one before, so that the tail holds the last events whole.
+_SMALL_BYTES: Final = 256
 #: The usage event has counts (others have null) and no choices.
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*\{')
+#: The last event. In a string of JSON the line end before it would be escaped.
+_END: Final = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 _NEEDLE: Final = b'"usage"'
 #: Held back at most while waiting for the end of an event; no event of an engine is larger.
 _MAX_HELD_BYTES: Final = 8 * 1024 * 1024
@@ -28,7 +32,7 @@ class _Details(msgspec.Struct):
 
 
 class _Counts(msgspec.Struct):
-    prompt_tokens: int = 0
+    prompt_tokens: int | None = None
     completion_tokens: int | None = 0
     prompt_tokens_details: _Details | None = None
 
@@ -47,16 +51,45 @@ def parse_usage(body: bytes) -> Usage | None:
     return None if reply is None else _usage(reply)
 
 
+def read_reply(body: bytes) -> tuple[bool, Usage | None]:
+    """Whether a body is a JSON object, and the counts in it."""
+    reply = _decode(body)
+    if reply is not None:
+        return True, _usage(reply)
+    try:  # an object all the same, whose counts are of the wrong type?
+        return isinstance(msgspec.json.decode(body), dict), None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False, None
+
+
+def plausible(usage: Usage | None, *, max_context_tokens: int, choices: int) -> Usage | None:
+    """The counts as they can be believed: impossible ones are none at all.
+
+    Args:
+        usage: as the engine gave them.
+        max_context_tokens: the engine's context length, for each choice.
+        choices: completions of the same prompt that were asked for.
+    """
+    if usage is None:
+        return None
+    prompt, output, cached = usage
+    if prompt < 0 or output < 0 or prompt + -(-output // choices) > max_context_tokens:
+        return None
+    if cached is not None and not 0 <= cached <= prompt:
+        return usage._replace(cached_tokens=min(max(cached, 0), prompt))
+    return usage
+
+
 def _decode(body: bytes) -> _Reply | None:
     try:
         return _DECODER.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
 def _usage(reply: _Reply) -> Usage | None:
     counts = reply.usage
-    if counts is None:
+    if counts is None or counts.prompt_tokens is None:
         return None
     details = counts.prompt_tokens_details
     return Usage(
@@ -89,7 +122,11 @@ class StreamTap:
         """Take what arrived; returns what the client gets of it now."""
         if not self._remove:
             self.events += chunk.count(b"\n\n")
-            self._tail.append(chunk)
+            tail = self._tail
+            if tail and len(tail[-1]) < _SMALL_BYTES:
+                tail[-1] += chunk
+            else:
+                tail.append(chunk)
             return chunk
         if self._held:
             chunk = self._held + chunk
@@ -120,6 +157,10 @@ class StreamTap:
                     self._usage = usage
                     break
         return self._usage
+
+    def ended(self) -> bool:
+        """Whether the stream's last event has come; true only of a whole one."""
+        return _END.search(b"".join(self._tail)) is not None
 
     def error(self) -> bool:
         """Whether the stream ended with an error event instead of its end."""
