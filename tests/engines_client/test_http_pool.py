@@ -540,7 +540,7 @@ async def test_slow_engine_stalls_the_sender(server: ScriptedServer) -> None:
 
 
 async def _until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110 -- states of the pool that nothing announces
+    while not condition():
         await asyncio.sleep(0)
 
 

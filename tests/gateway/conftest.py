@@ -409,7 +409,7 @@ class Cluster:
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return when ``holds`` does; it is asked again whenever the event loop has turned."""
         async with asyncio.timeout(10):
-            while not holds():  # noqa: ASYNC110 -- states of others have no event to wait for
+            while not holds():
                 await asyncio.sleep(0)
 
     def settled(self) -> None:

@@ -89,7 +89,7 @@ async def served() -> AsyncIterator[Served]:
 
 
 async def _until(holds: Callable[[], bool]) -> None:
-    while not holds():  # noqa: ASYNC110 -- states of the server have no event to wait for
+    while not holds():
         await asyncio.sleep(0)
 
 
