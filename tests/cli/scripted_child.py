@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
     port, behaviours = int(argv[1]), argv[2:]
     ids = next((b.partition("=")[2] for b in behaviours if b.startswith("cluster=")), "")
     done = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: done.set())
+    # In a thread: the signal may come while the main one holds the event's lock.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=done.set).start())
     server = None
     for behaviour in behaviours:
         name, _, value = behaviour.partition("=")

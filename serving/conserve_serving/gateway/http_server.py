@@ -36,7 +36,8 @@ _SWEEP_S: Final = 5.0
 _LINGER_S: Final = 2.0
 #: Slower bodies are given up, once they have had the time of a head.
 _MIN_BODY_BYTES_PER_S: Final = 1000
-_PROBE_S: Final = 0.05
+#: The second probe finds what the first one provoked; later ones only need to find it some time.
+_PROBE_S: Final = 0.001
 _MAX_PROBE_S: Final = 5.0
 
 
