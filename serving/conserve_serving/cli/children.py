@@ -152,7 +152,7 @@ class Child:
                 remedy=f"read {spec.log_path}; on a slow machine allow it more time",
                 detail=log_tail(spec.log_path),
             ) from None
-        except BaseException:
+        except BaseException:  # cancelled or not, the log is closed; raised again
             log.close()
             raise
         if port is None:

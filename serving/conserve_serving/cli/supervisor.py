@@ -201,7 +201,7 @@ class Supervisor:
             self._plan.reserved.release()
             await self.gateway.start()
             await self._wait_until_joined()
-        except BaseException:
+        except BaseException:  # also when cancelled: no process is left behind; raised again
             self.kill()
             await self.stop()
             raise

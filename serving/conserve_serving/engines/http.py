@@ -159,7 +159,7 @@ class HttpPool:
         try:
             await connection.send(parts, size_bytes, response, no_body=method == "HEAD")
             await response.wait_head()
-        except BaseException:
+        except BaseException:  # a cancelled request closes its connection too; raised again
             response.close()
             raise
         return response

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable
 
+from conserve_serving.engines.listener import listen
 from conserve_serving.gateway.app import App
 from conserve_serving.gateway.config import Config
 from conserve_serving.gateway.errors import GatewayError
@@ -100,20 +101,12 @@ class GatewayServer:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Accepted connections inherit it; without it small events wait for delayed acknowledgements.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
-        listener.bind((host, port))
+        return listen(host, port)
     except OSError as error:
-        listener.close()
         raise PortInUseError(
             f"cannot listen on {host}:{port}: {error.strerror}: choose another gateway.port"
         ) from error
-    listener.setblocking(False)
-    return listener
 
 
 async def run(config: Config, *, announce: bool) -> int:

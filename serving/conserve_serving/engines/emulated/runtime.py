@@ -280,7 +280,7 @@ class EngineRuntime:
         """Let the model go on; a fault in it ends every request rather than leave them hanging."""
         try:
             self._go_on()
-        except BaseException:
+        except BaseException:  # no request may hang, whatever failed; raised again
             self.failed = self._closed = True
             for rid in self.rids():
                 generation = self._generations.pop(rid)

@@ -17,6 +17,7 @@ from conserve_serving.engines.emulated.config import EngineConfig
 from conserve_serving.engines.emulated.errors import EngineConfigError
 from conserve_serving.engines.emulated.runtime import Clock
 from conserve_serving.engines.emulated.service import EngineService
+from conserve_serving.engines.listener import listen
 
 #: SGLang's: uvicorn closes connections that were idle for this long.
 _KEEP_ALIVE_S: Final = 5
@@ -69,7 +70,7 @@ class EmulatedEngine:
         self._config = replace(self._config, port=self.port)
         try:
             self.service = EngineService(self._config, clock=self._clock)
-        except BaseException:
+        except BaseException:  # whatever it was, the port is given back; raised again
             self._socket.close()
             raise
         self.app = EngineApp(self.service)
@@ -149,17 +150,9 @@ class _Server(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Accepted sockets inherit it: small events must not wait for an acknowledgement.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
-        listener.bind((host, port))
+        return listen(host, port)
     except OSError as error:
-        listener.close()
         raise EngineConfigError(
             f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for a free one"
         ) from error
-    listener.setblocking(False)
-    return listener
