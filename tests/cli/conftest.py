@@ -16,8 +16,10 @@ from conserve_serving.cli.supervisor import (
     ClusterPlan,
     Commands,
     EmulatedEngine,
+    EngineToStart,
     Supervisor,
 )
+from conserve_serving.engines.sglang.flags import StoreSettings
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 #: Far more than anything here takes; a test that needs it has failed.
@@ -60,9 +62,8 @@ class Cluster:
     ) -> Supervisor:
         order = self.folder / "order"
 
-        def engine_program(engine: EmulatedEngine, store: Path, ack_url: str) -> Command:
-            assert store.parent == self.folder
-            assert ack_url.endswith("/conserve/v1/handoffs")
+        def engine_program(engine: EngineToStart, store: StoreSettings) -> Command:
+            assert Path(store.path).is_relative_to(self.folder)
             return scripted(*engine_does.get(engine.id, ()), "ready", f"log={order}:{engine.id}")
 
         def gateway_program(config: Path) -> Command:
@@ -70,6 +71,13 @@ class Cluster:
 
         plan = ClusterPlan(
             engines=(engine("d0"), engine("d1")),
+            store=StoreSettings(
+                transport="file",
+                path=str(self.folder / "store"),
+                ack_url="http://127.0.0.1:1/ack",
+                max_age_s=60.0,
+            ),
+            remove_store=True,
             host="127.0.0.1",
             reserved=reserve_port("127.0.0.1", 0),
             gateway_config=lambda urls: "\n".join(f"{k} {v}" for k, v in urls.items()),

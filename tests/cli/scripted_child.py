@@ -4,6 +4,8 @@ Usage: scripted_child.py --port N [behaviour …]
 
     ready            announce and wait for the end of stdin or SIGTERM (always the last thing)
     say=TEXT         print a line
+    say-if=FILE:TEXT print a line if FILE exists
+    say-env=NAME     print a variable of the environment
     crash=CODE       exit now
     crash-if=FILE    exit with code 3 if FILE exists
     mute             never announce
@@ -28,28 +30,34 @@ from pathlib import Path
 def main(argv: list[str]) -> None:
     port, behaviours = int(argv[1]), argv[2:]
     ids = next((b.partition("=")[2] for b in behaviours if b.startswith("cluster=")), "")
-    done = threading.Event()
-    # In a thread: the signal may come while the main one holds the event's lock.
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=done.set).start())
+    # A pipe: the signal may come while the main thread holds any of the interpreter's locks.
+    until_done, done = os.pipe()
+    signal.signal(signal.SIGTERM, lambda *_: os.write(done, b"!"))
     server = None
     for behaviour in behaviours:
         name, _, value = behaviour.partition("=")
         if name == "say":
             say(value)
+        elif name == "say-env":
+            say(os.environ[value])
+        elif name == "say-if" and Path(value.partition(":")[0]).exists():
+            say(value.partition(":")[2])
         elif name == "crash":
             os._exit(int(value))
         elif name == "crash-if" and Path(value).exists():
             os._exit(3)
         elif name == "mute":
-            done.wait()
+            os.read(until_done, 1)
         elif name == "ignore-term":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif name == "ready":
             server = serve(port, ids.split(",") if ids else [])
             say(json.dumps({"ready": True, "port": server.server_address[1]}))
     if "deaf" not in behaviours:
-        threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
-    done.wait()
+        leash = threading.Thread(target=lambda: (sys.stdin.read(), os.write(done, b"!")))
+        leash.daemon = True
+        leash.start()
+    os.read(until_done, 1)
     for behaviour in behaviours:
         if behaviour.startswith("log="):
             file, _, word = behaviour.removeprefix("log=").partition(":")

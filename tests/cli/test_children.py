@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,15 @@ class Scene:
         self.now_s = 0.0
         self.children: list[Child] = []
 
-    def child(self, *behaviours: str, port: int = 0, ready_timeout_s: float = PATIENCE_S) -> Child:
+    def child(
+        self,
+        *behaviours: str,
+        port: int = 0,
+        ready_timeout_s: float = PATIENCE_S,
+        grace_s: float = PATIENCE_S,
+        env: Mapping[str, str] = {},
+        echo: Callable[[bytes], None] | None = None,
+    ) -> Child:
         def command(port: int) -> list[str]:
             return [sys.executable, "-S", "-E", str(SCRIPT), "--port", str(port), *behaviours]
 
@@ -41,7 +49,10 @@ class Scene:
             command=command,
             port=port,
             log_path=self.folder / "d0.log",
+            env=env,
             ready_timeout_s=ready_timeout_s,
+            grace_s=grace_s,
+            echo=echo,
             backoff=Backoff(first_s=1.0, longest_s=4.0, healthy_s=30.0, give_up_after=5),
         )
         child = Child(spec, notify=self.notify, clock=lambda: self.now_s, sleep=self.sleep)
@@ -63,7 +74,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     yield scene
     for child in scene.children:
         child.kill()
-        await child.stop(grace_s=0.0)
+        await child.stop()
 
 
 async def watch_until(scene: Scene, child: Child, words: str) -> None:
@@ -86,7 +97,7 @@ async def test_ready_child_tells_its_port_and_stops_when_asked(scene: Scene) -> 
         pass
     pid = child.pid
     assert pid is not None
-    assert await child.stop(grace_s=PATIENCE_S)
+    assert await child.stop()
     assert child.pid is None
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -160,11 +171,11 @@ async def test_healthy_time_forgets_earlier_crashes(scene: Scene) -> None:
 
 
 async def test_child_that_ignores_sigterm_is_killed_after_its_grace(scene: Scene) -> None:
-    child = scene.child("ignore-term", "deaf", "ready")
+    child = scene.child("ignore-term", "deaf", "ready", grace_s=0.1)
     await child.start()
-    assert not await child.stop(grace_s=0.1)
+    assert not await child.stop()
     assert child.pid is None
-    assert await child.stop(grace_s=0.1), "there was nothing left to stop"
+    assert await child.stop(), "there was nothing left to stop"
 
 
 def test_child_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
@@ -199,3 +210,45 @@ def test_ends_are_told_in_words() -> None:
     assert describe_end(-15) == "killed by SIGTERM"
     assert describe_end(-64) == "killed by SIGRTMAX"
     assert describe_end(None) == "still running"
+
+
+# --- what a child says of itself ----------------------------------------------------------------
+
+FAILED = '{"failed": "the GPU is out of memory", "remedy": "end others on it", "evidence": "OOM"}'
+
+
+async def test_notes_of_a_starting_child_are_passed_on(scene: Scene) -> None:
+    seen: list[bytes] = []
+    child = scene.child('say={"note": "loading weights"}', "say={broken", "ready", echo=seen.append)
+    await child.start()
+    assert scene.notices == ["d0: loading weights"]
+    assert b"{broken\n" in seen, "what is not for us is output like any other"
+    assert b"".join(seen) == (scene.folder / "d0.log").read_bytes()
+
+
+async def test_child_that_says_why_it_fails_is_quoted(scene: Scene) -> None:
+    child = scene.child("say=noise", f"say={FAILED}", "crash=1")
+    with pytest.raises(ChildFailedError, match="d0: the GPU is out of memory") as caught:
+        await child.start()
+    assert caught.value.remedy.startswith("end others on it")
+    assert "d0.log" in caught.value.remedy
+    assert caught.value.detail == "OOM"
+
+
+async def test_child_that_says_why_it_crashed_later_is_quoted(scene: Scene) -> None:
+    broken = scene.folder / "broken"
+    child = scene.child(f"say-if={broken}:{FAILED}", f"crash-if={broken}", "ready")
+    await child.start()
+    broken.touch()
+    child.kill()
+    with pytest.raises(ChildFailedError, match="crashed 5 times in a row") as caught:
+        async with asyncio.timeout(PATIENCE_S):
+            await child.watch()
+    assert "the GPU is out of memory" in caught.value.what
+    assert caught.value.remedy.startswith("end others on it; read ")
+
+
+async def test_child_gets_the_variables_it_needs(scene: Scene) -> None:
+    child = scene.child("say-env=CONSERVE_TEST", "ready", env={"CONSERVE_TEST": "here it is"})
+    await child.start()
+    assert "here it is" in (scene.folder / "d0.log").read_text()

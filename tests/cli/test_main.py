@@ -141,7 +141,7 @@ def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_default_cluster_is_one_prefiller_and_two_decoders() -> None:
-    plan = plan_cluster(read_config(None), port=0, speed=20.0)
+    plan = plan_cluster(read_config(None), port=0, speed=20.0, run_dir=Path("run"))
     plan.reserved.release()
     assert [(e.id, e.role, e.profile, e.speed) for e in plan.engines] == [
         ("p0", "prefill", "a40-qwen3-0.6b", 20.0),
@@ -163,7 +163,7 @@ def test_gateway_gets_started_engines_by_url_and_everything_else_unchanged(tmp_p
     )
     config = read_config(path)
     assert engine_ids(config) == [["p0", "p1"], ["a0"], ["d0", "d1"]]
-    plan = plan_cluster(config, port=0)
+    plan = plan_cluster(config, port=0, run_dir=tmp_path)
     plan.reserved.release()
     assert [e.id for e in plan.engines] == ["p0", "p1", "a0"]
     assert plan.drain_s == 7.5
@@ -188,7 +188,7 @@ def test_gateway_gets_started_engines_by_url_and_everything_else_unchanged(tmp_p
 
 def test_the_key_of_placement_tokens_is_kept_when_one_is_set() -> None:
     config = parse_config('[gateway]\nport = 0\nplacement_key = "a secret of mine"\n')
-    plan = plan_cluster(config, port=None)
+    plan = plan_cluster(config, port=None, run_dir=Path("run"))
     plan.reserved.release()
     text = plan.gateway_config({"p0": "http://h:1", "d0": "http://h:2", "d1": "http://h:3"})
     assert parse_config(text).gateway.placement_key == "a secret of mine"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,11 +15,15 @@ from conserve_serving.cli.children import ChildState
 from conserve_serving.cli.errors import ChildFailedError, CliError, PortInUseError
 from conserve_serving.cli.ports import reserve_port
 from conserve_serving.cli.supervisor import EmulatedEngine, engine_command
+from conserve_serving.engines.sglang.flags import StoreSettings
 
 if TYPE_CHECKING:
     from conftest import Cluster
 
 PATIENCE_S = 20.0
+STORE = StoreSettings(
+    transport="file", path="/run/store", ack_url="http://127.0.0.1:8000/ack", max_age_s=60.0
+)
 
 
 async def test_cluster_comes_up_and_drains_gateway_first(scene: Cluster) -> None:
@@ -186,7 +189,7 @@ def test_engine_command_names_what_was_configured() -> None:
         kv_capacity_tokens=1000,
         host_capacity_tokens=0,
     )
-    argv = list(engine_command(plan, Path("/run/store"), "http://127.0.0.1:8000/ack")(4711))
+    argv = list(engine_command(plan, STORE)(4711))
     assert argv[:3] == [sys.executable, "-m", "conserve_serving.engines.emulated"]
     pairs = dict(zip(argv[3::2], argv[4::2], strict=False))
     assert pairs["--engine-id"] == "d3"

@@ -1,8 +1,9 @@
 """One child process: start it, know when it is ready, keep its log, restart it, stop it.
 
-Every child speaks the same small protocol: it prints one JSON line ``{"ready": true, "port": N}``
-on stdout once it listens, and it exits when its stdin reaches the end. The supervisor holds the
-other end of that pipe, so the kernel stops the child when the supervisor is gone, however it went.
+Every child speaks the same small protocol (``child_protocol``): it prints one JSON line
+``{"ready": true, "port": N}`` on stdout once it listens, and it exits when its stdin reaches the
+end. The supervisor holds the other end of that pipe, so the kernel stops the child when the
+supervisor is gone, however it went.
 
 A child runs in a session of its own: Ctrl-C at the terminal reaches the supervisor only, which
 then stops its children in the right order.
@@ -13,22 +14,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import json
-import re
+import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from conserve_serving.cli.child_protocol import (
+    Note,
+    Ready,
+    last_failure,
+    log_tail,
+    parse,
+    says_port_taken,
+)
 from conserve_serving.cli.errors import ChildFailedError, PortInUseError
 
 #: Argument list of a child, given the port it is to listen on (0: any free one).
 Command = Callable[[int], Sequence[str]]
-
-LOG_TAIL_LINES = 12
-_PORT_TAKEN = re.compile(r"address already in use|errno 98\b", re.IGNORECASE)
 
 
 class ChildState(enum.StrEnum):
@@ -71,16 +76,24 @@ class ChildSpec:
         command: its argument list, given a port.
         port: port to listen on; 0 lets the child choose, and it keeps its choice when restarted.
         log_path: where its output goes; appended to.
+        env: variables it gets beyond ours.
         ready_timeout_s: how long it may take to announce itself.
+        slow_remedy: what to do when it takes longer.
+        grace_s: how long it may take to end.
         backoff: how it is restarted.
+        echo: also given its output.
     """
 
     name: str
     command: Command
     port: int
     log_path: Path
+    env: Mapping[str, str] = field(default_factory=dict)
     ready_timeout_s: float = 60.0
+    slow_remedy: str = "on a slow machine allow it more time"
+    grace_s: float = 5.0
     backoff: Backoff = Backoff()
+    echo: Callable[[bytes], None] | None = None
 
 
 class Child:
@@ -134,6 +147,7 @@ class Child:
         argv = spec.command(self.port)
         self._process = process = await asyncio.create_subprocess_exec(
             *argv,
+            env={**os.environ, **spec.env},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -141,15 +155,15 @@ class Child:
             limit=1 << 20,
         )
         stdout = _piped(process)
-        log = spec.log_path.open("ab", buffering=0)
+        log = _Log(spec.log_path, spec.echo)
         try:
             async with asyncio.timeout(spec.ready_timeout_s):
-                port = await _read_until_ready(stdout, log)
+                port = await self._read_until_ready(stdout, log)
         except TimeoutError:
             await self._discard(process, log, patience_s=0.0)
             raise ChildFailedError(
                 f"{spec.name} was not ready after {spec.ready_timeout_s:g} s",
-                remedy=f"read {spec.log_path}; on a slow machine allow it more time",
+                remedy=f"read {spec.log_path}; {spec.slow_remedy}",
                 detail=log_tail(spec.log_path),
             ) from None
         except BaseException:  # cancelled or not, the log is closed; raised again
@@ -180,9 +194,11 @@ class Child:
                 crashes += 1
                 if crashes >= backoff.give_up_after:
                     self.state = ChildState.GAVE_UP
+                    said = last_failure(self.spec.log_path)
+                    remedy = f"{said.remedy}; " if said is not None else ""
                     raise ChildFailedError(
                         f"{self.spec.name} crashed {crashes} times in a row ({crashed_how})",
-                        remedy=f"read {self.spec.log_path}",
+                        remedy=f"{remedy}read {self.spec.log_path}",
                         detail=log_tail(self.spec.log_path),
                     )
                 pause_s = backoff.pause_s(crashes)
@@ -200,8 +216,8 @@ class Child:
                 self._notify(f"{self.spec.name} is back on port {self.port}")
                 break
 
-    async def stop(self, *, grace_s: float) -> bool:
-        """Ask the process to end, and make it end after ``grace_s`` seconds.
+    async def stop(self) -> bool:
+        """Ask the process to end, and make it end after its ``grace_s``.
 
         The caller has cancelled ``watch`` before. Safe to call more than once.
 
@@ -214,7 +230,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
             try:
-                async with asyncio.timeout(grace_s):
+                async with asyncio.timeout(self.spec.grace_s):
                     await process.wait()
             except TimeoutError:
                 in_time = False
@@ -236,7 +252,19 @@ class Child:
             raise RuntimeError("watch() follows start()")
         returncode = await self._process.wait()
         await self._end_pump()
-        return describe_end(returncode)
+        failure = last_failure(self.spec.log_path)
+        return failure.what if failure is not None else describe_end(returncode)
+
+    async def _read_until_ready(self, stdout: asyncio.StreamReader, log: _Log) -> int | None:
+        """Copy output to the log until the ready line; its port, or None when output ended."""
+        while line := await stdout.readline():
+            log.write(line)
+            said = parse(line)
+            if isinstance(said, Ready):
+                return said.port
+            if isinstance(said, Note):
+                self._notify(f"{self.spec.name}: {said.text}")
+        return None
 
     async def _end_pump(self) -> None:
         """Let the rest of an ended process's output reach its log.
@@ -249,7 +277,7 @@ class Child:
             self._pump = None
 
     async def _discard(
-        self, process: asyncio.subprocess.Process, log: BinaryIO, *, patience_s: float
+        self, process: asyncio.subprocess.Process, log: _Log, *, patience_s: float
     ) -> None:
         """Make sure that no process is left after a failed start."""
         with contextlib.suppress(TimeoutError):
@@ -264,7 +292,14 @@ class Child:
     def _failed_at_start(self, returncode: int | None) -> ChildFailedError:
         spec = self.spec
         tail = log_tail(spec.log_path)
-        if self.port and _PORT_TAKEN.search(tail):
+        failure = last_failure(spec.log_path)
+        if failure is not None:
+            return ChildFailedError(
+                f"{spec.name}: {failure.what}",
+                remedy=f"{failure.remedy} (the whole log is {spec.log_path})",
+                detail=failure.evidence or "\n".join(tail.splitlines()[:-1]),
+            )
+        if self.port and says_port_taken(tail):
             return PortInUseError(
                 f"port {self.port}, where {spec.name} was to listen, is in use",
                 remedy="choose another port, or stop the program that listens there",
@@ -295,43 +330,26 @@ def describe_end(returncode: int | None) -> str:
     return f"exit code {returncode}"
 
 
-def log_tail(path: Path, *, lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of a log, or an empty string where there is none."""
-    try:
-        with path.open("rb") as log:
-            log.seek(0, 2)
-            log.seek(max(0, log.tell() - 64 * 1024))
-            text = log.read().decode("utf-8", "replace")
-    except FileNotFoundError:
-        return ""
-    return "\n".join(text.rstrip().splitlines()[-lines:])
+class _Log:
+    """A log file, and whoever else wants to see what goes there."""
+
+    def __init__(self, path: Path, echo: Callable[[bytes], None] | None) -> None:
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._echo = echo
+
+    def write(self, output: bytes) -> None:
+        """Append output."""
+        self._file.write(output)
+        if self._echo is not None:
+            self._echo(output)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
-async def _read_until_ready(stdout: asyncio.StreamReader, log: BinaryIO) -> int | None:
-    """Copy output to the log until the ready line; its port, or None when the output ended."""
-    while line := await stdout.readline():
-        log.write(line)
-        port = _announced_port(line)
-        if port is not None:
-            return port
-    return None
-
-
-def _announced_port(line: bytes) -> int | None:
-    if not line.startswith(b"{"):
-        return None
-    try:
-        message = json.loads(line)
-    except ValueError:
-        return None
-    if isinstance(message, dict) and message.get("ready") is True:
-        port = message.get("port")
-        return port if isinstance(port, int) else None
-    return None
-
-
-async def _copy(stdout: asyncio.StreamReader, log: BinaryIO) -> None:
+async def _copy(stdout: asyncio.StreamReader, log: _Log) -> None:
     """Copy the rest of a child's output to its log, and close the log."""
-    with log:
+    with contextlib.closing(log):
         while chunk := await stdout.read(64 * 1024):
             log.write(chunk)

@@ -39,7 +39,11 @@ def config(explain_: bool, path: Path | None) -> None:
     click.echo(f"{path}: fine")
     for tier, ids in zip(checked.tiers, engine_ids(checked), strict=True):
         profile = tier.profile or DEFAULT_PROFILE
-        what = f"emulated, {profile}" if tier.engine == "emulated" else ", ".join(tier.urls)
+        what = {
+            "emulated": f"emulated, {profile}",
+            "sglang": f"SGLang, {tier.model}" + "".join(f", {url}" for url in tier.urls),
+            "attach": ", ".join(tier.urls),
+        }[tier.engine]
         click.echo(f"  {tier.role.value:8} {' '.join(ids)} ({what})")
 
 

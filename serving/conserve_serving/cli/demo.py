@@ -88,7 +88,7 @@ def demo(*, out: Path, speed: float, conversations: int, folder: Path) -> int:
             f"--out {out}: {failure.strerror}", remedy="name a folder that can be written"
         ) from failure
     run_dir = make_run_dir(None)
-    plan = plan_cluster(read_config(None), port=0, speed=speed)
+    plan = plan_cluster(read_config(None), port=0, speed=speed, run_dir=run_dir)
     supervisor = Supervisor(plan, run_dir=run_dir, notify=_tell)
     html, figures = out / "demo.html", out / "demo.json"
     steps = [

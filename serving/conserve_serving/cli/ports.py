@@ -77,6 +77,17 @@ def _try_bind(host: str, port: int) -> Reservation | None:
     return Reservation(probe)
 
 
+def is_ours(host: str) -> bool:
+    """Whether a host is this machine: one of its addresses can be bound."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
 def url_host(host: str) -> str:
     """The host as a local client writes it in a URL."""
     if host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound

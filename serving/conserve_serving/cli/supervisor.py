@@ -1,4 +1,4 @@
-"""The processes of one cluster: emulated engines, and the gateway in front of them.
+"""The processes of one cluster: engines, and the gateway in front of them.
 
 Order matters, and it is the same every time. Up: the gateway's port is chosen (engines need it
 for their acknowledgements), all engines start side by side, the gateway's own configuration is
@@ -10,23 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conserve_serving.cli.children import Backoff, Child, ChildSpec, ChildState, Command
 from conserve_serving.cli.errors import (
+    BadInputError,
     ChildFailedError,
     GatewayUnreachableError,
 )
 from conserve_serving.cli.gateway_http import GatewayHttp
 from conserve_serving.cli.ports import Reservation, url_host
+from conserve_serving.engines.sglang import flags as sglang
+from conserve_serving.engines.sglang.flags import ENV_VARIABLE, SglangEngine, StoreSettings
 
 #: How long engines get to end after SIGTERM: they hold nothing worth waiting for.
 ENGINE_GRACE_S = 5.0
+#: The same for SGLang, which looks every five seconds; its launcher ends it after twelve.
+SGLANG_GRACE_S = 20.0
 #: What the gateway gets beyond its own drain deadline before it is made to end.
 DRAIN_MARGIN_S = 5.0
 
@@ -55,12 +61,17 @@ class EmulatedEngine:
     host_capacity_tokens: int | None = None
 
 
+EngineToStart = EmulatedEngine | SglangEngine
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
     """What to start.
 
     Attributes:
-        engines: the emulated engines; a cluster may also attach to others that run already.
+        engines: those to start; a cluster may also attach to others that run already.
+        store: how KV is handed over.
+        remove_store: whether the store's folder is ours, and goes at the end.
         host, reserved: where the gateway listens; the port is kept free until the gateway starts.
         gateway_config: writes the text of the gateway's configuration file, given the URL of
             every engine by id.
@@ -68,7 +79,9 @@ class ClusterPlan:
         admin_token: what the gateway asks of those who may see all conversations, if anything.
     """
 
-    engines: tuple[EmulatedEngine, ...]
+    engines: tuple[EngineToStart, ...]
+    store: StoreSettings
+    remove_store: bool
     host: str
     reserved: Reservation
     gateway_config: Callable[[Mapping[str, str]], str]
@@ -80,32 +93,64 @@ class ClusterPlan:
 class Commands:
     """How processes are called; tests put small scripted programs here."""
 
-    engine: Callable[[EmulatedEngine, Path, str], Command]
+    engine: Callable[[EngineToStart, StoreSettings], Command]
     gateway: Callable[[Path], Command]
 
 
-def engine_command(engine: EmulatedEngine, store: Path, ack_url: str) -> Command:
-    """Command of an emulated engine.
+def engine_command(engine: EngineToStart, store: StoreSettings) -> Command:
+    """Command of an engine.
 
     Args:
         engine: what to run.
-        store: folder through which KV is handed over; the same for all engines.
-        ack_url: where the engine acknowledges a stored prompt.
+        store: how KV is handed over; the same for all engines.
     """
 
-    def command(port: int) -> list[str]:
+    def emulated(engine: EmulatedEngine, port: int) -> list[str]:
         argv = [sys.executable, "-m", "conserve_serving.engines.emulated"]
         argv += ["--engine-id", engine.id, "--role", engine.role, "--port", str(port)]
         argv += ["--profile", engine.profile, "--model", engine.model]
         argv += ["--speed", f"{engine.speed:g}", "--page-size", str(engine.page_tokens)]
-        argv += ["--store", str(store), "--ack-url", ack_url]
+        argv += ["--store", store.path, "--ack-url", store.ack_url]
         if engine.kv_capacity_tokens is not None:
             argv += ["--kv-capacity-tokens", str(engine.kv_capacity_tokens)]
         if engine.host_capacity_tokens is not None:
             argv += ["--host-capacity-tokens", str(engine.host_capacity_tokens)]
         return [*argv, "--announce", "--exit-with-parent"]
 
+    def launched(engine: SglangEngine, port: int) -> list[str]:
+        argv = [sys.executable, "-m", "conserve_serving.engines.sglang.launch"]
+        argv += ["--python", engine.python, "--host", engine.host, "--port", str(port)]
+        return [*argv, "--", *sglang.server_arguments(engine, store)]
+
+    def command(port: int) -> list[str]:
+        if isinstance(engine, SglangEngine):
+            return launched(engine, port)
+        return emulated(engine, port)
+
     return command
+
+
+def engine_spec(engine: EngineToStart, command: Command, *, log_path: Path) -> ChildSpec:
+    """How an engine's process is supervised.
+
+    Args:
+        engine: what runs.
+        command: how it is called.
+        log_path: where its output goes.
+    """
+    spec = ChildSpec(
+        name=engine.id, command=command, port=0, log_path=log_path, grace_s=ENGINE_GRACE_S
+    )
+    if isinstance(engine, SglangEngine):
+        return replace(
+            spec,
+            port=engine.port,
+            env={ENV_VARIABLE: json.dumps(sglang.environment(engine))},
+            ready_timeout_s=engine.ready_timeout_s,
+            slow_remedy="or allow it more time: ready_timeout_s in the tier",
+            grace_s=SGLANG_GRACE_S,
+        )
+    return spec
 
 
 def gateway_command(config: Path) -> Command:
@@ -130,11 +175,12 @@ class Supervisor:
 
     Args:
         plan: what to start.
-        run_dir: an existing folder for logs, the hand-off store and the gateway's configuration.
+        run_dir: an existing folder for logs and the gateway's configuration.
         notify: told, in one line, whenever something happens that a person should know.
         commands: how processes are called.
         clock, sleep: monotonic seconds, and waiting.
-        ready_timeout_s: how long every process, and then the whole cluster, may take to be ready.
+        ready_timeout_s: how long the gateway, every emulated engine, and then the whole cluster
+            may take to be ready.
         attach_timeout_s: how long engines that run elsewhere are waited for.
         backoff: how crashed processes are restarted.
     """
@@ -161,27 +207,28 @@ class Supervisor:
         self._sleep = sleep
         self._ready_timeout_s = ready_timeout_s
         self._attach_timeout_s = attach_timeout_s
-        self._store = run_dir / "store"
+        self._store = Path(plan.store.path)
         self._config = run_dir / "gateway.toml"
         self._watches: list[asyncio.Task[None]] = []
 
-        def child(name: str, command: Command, port: int) -> Child:
-            spec = ChildSpec(
-                name=name,
-                command=command,
-                port=port,
-                log_path=run_dir / f"{name}.log",
-                ready_timeout_s=ready_timeout_s,
-                backoff=backoff,
-            )
-            return Child(spec, notify=notify, clock=clock, sleep=sleep)
+        def child(spec: ChildSpec) -> Child:
+            return Child(replace(spec, backoff=backoff), notify=notify, clock=clock, sleep=sleep)
 
-        ack_url = f"{self.url}/conserve/v1/handoffs"
-        self.engines = {
-            engine.id: child(engine.id, commands.engine(engine, self._store, ack_url), 0)
-            for engine in plan.engines
-        }
-        self.gateway = child("gateway", commands.gateway(self._config), plan.reserved.port)
+        self.engines: dict[str, Child] = {}
+        for engine in plan.engines:
+            command = commands.engine(engine, plan.store)
+            spec = engine_spec(engine, command, log_path=run_dir / f"{engine.id}.log")
+            self.engines[engine.id] = child(spec)
+        self.gateway = child(
+            ChildSpec(
+                name="gateway",
+                command=commands.gateway(self._config),
+                port=plan.reserved.port,
+                log_path=run_dir / "gateway.log",
+                ready_timeout_s=ready_timeout_s,
+                grace_s=plan.drain_s + DRAIN_MARGIN_S,
+            )
+        )
 
     async def start(self) -> None:
         """Bring the cluster up.
@@ -189,13 +236,19 @@ class Supervisor:
         Raises:
             ChildFailedError: a process did not come up; everything has been stopped again.
         """
-        self._store.mkdir(parents=True, exist_ok=True)
+        try:
+            self._store.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise BadInputError(
+                f"the hand-off store's folder {self._store} cannot be made: {failure.strerror}",
+                remedy="correct handoff.path in the configuration file",
+            ) from failure
         for one in (self.gateway, *self.engines.values()):
             # An earlier run's last words in the same folder would explain this one's failures.
             one.spec.log_path.unlink(missing_ok=True)
         try:
             await self._start_engines()
-            urls = {id_: f"http://127.0.0.1:{child.port}" for id_, child in self.engines.items()}
+            urls = {e.id: self._url(e) for e in self._plan.engines}
             self._config.touch(mode=0o600)  # it holds the key that signs placement tokens
             self._config.write_text(self._plan.gateway_config(urls), encoding="utf-8")
             self._plan.reserved.release()
@@ -243,10 +296,10 @@ class Supervisor:
             watch.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)
         self._plan.reserved.release()
-        drained = await self.gateway.stop(grace_s=self._plan.drain_s + DRAIN_MARGIN_S)
-        stops = [child.stop(grace_s=ENGINE_GRACE_S) for child in self.engines.values()]
-        in_time = await asyncio.gather(*stops)
-        await asyncio.to_thread(shutil.rmtree, self._store, ignore_errors=True)
+        drained = await self.gateway.stop()
+        in_time = await asyncio.gather(*(child.stop() for child in self.engines.values()))
+        if self._plan.remove_store:
+            await asyncio.to_thread(shutil.rmtree, self._store, ignore_errors=True)
         return drained and all(in_time)
 
     def kill(self) -> None:
@@ -262,11 +315,24 @@ class Supervisor:
         """
         return GatewayHttp(self.url, timeout_s=timeout_s, api_key=self._plan.admin_token)
 
+    def _url(self, engine: EngineToStart) -> str:
+        host = url_host(engine.host) if isinstance(engine, SglangEngine) else "127.0.0.1"
+        return f"http://{host}:{self.engines[engine.id].port}"
+
     async def _start_engines(self) -> None:
-        starts = [child.start() for child in self.engines.values()]
-        for result in await asyncio.gather(*starts, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
+        """Start all side by side; the first that fails ends the wait for the others.
+
+        SGLang may need minutes to load weights: nobody should wait for those to learn of a typing
+        error that another engine found at once.
+        """
+        starts = [asyncio.create_task(child.start()) for child in self.engines.values()]
+        try:
+            for started in asyncio.as_completed(starts):
+                await started
+        finally:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
 
     async def _wait_until_joined(self) -> None:
         """Wait until the gateway knows every engine that was started, and a while for others."""

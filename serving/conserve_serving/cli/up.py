@@ -17,12 +17,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from conserve_serving.cli.cluster_file import plan_cluster, read_config
+from conserve_serving.cli.cluster_file import attached_config, plan_cluster, read_config
 from conserve_serving.cli.errors import EXIT_FAILED, EXIT_OK, BadInputError, CliError
 from conserve_serving.cli.live import Reporter
 from conserve_serving.cli.params import FiniteRange
 from conserve_serving.cli.ports import DEFAULT_PORT
-from conserve_serving.cli.supervisor import Supervisor
+from conserve_serving.cli.supervisor import ClusterPlan, Supervisor
+from conserve_serving.engines.sglang.flags import SglangEngine
 
 _CONFIG = click.option(
     "--config",
@@ -30,11 +31,17 @@ _CONFIG = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Configuration file (TOML). Default: 1 prefiller and 2 decoders, emulated.",
 )
+_ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["sglang", "emulated"]),
+    help="What tiers run that do not attach to running engines: replaces the file's engine.",
+)
 _PORT = click.option("--port", type=click.IntRange(0, 65535), help="Port of the gateway; 0: any.")
 
 
 @click.command()
 @_CONFIG
+@_ENGINE
 @_PORT
 @click.option(
     "--speed",
@@ -61,6 +68,7 @@ _PORT = click.option("--port", type=click.IntRange(0, 65535), help="Port of the 
 def up(
     *,
     config_path: Path | None,
+    engine: str | None,
     port: int | None,
     speed: float | None,
     no_live: bool,
@@ -72,9 +80,14 @@ def up(
 
     Ctrl-C drains: running turns finish, then everything stops. A second Ctrl-C stops at once.
     """
-    config = read_config(config_path)
+    config = read_config(config_path, engine=engine)
+    if speed is not None and any(tier.engine == "sglang" for tier in config.tiers):
+        raise BadInputError(
+            "--speed is for emulated engines; the configuration has SGLang tiers",
+            remedy="leave it out, or run the same tiers emulated: --engine emulated",
+        )
     run_dir = make_run_dir(run_dir)
-    plan = plan_cluster(config, port=port, speed=speed)
+    plan = plan_cluster(config, port=port, speed=speed, run_dir=run_dir)
     console = Console(stderr=announce)
     reporter = Reporter(console, live=console.is_terminal and not no_live and not announce)
     asked = port is not None or "port" in config.gateway.model_fields_set
@@ -91,8 +104,7 @@ def up(
         else:
             _say_what_next(reporter, supervisor)
 
-    engines = f"{len(plan.engines)} emulated engines and " if plan.engines else ""
-    reporter.say(f"starting {engines}the gateway")
+    reporter.say(f"starting {_engines_in_words(plan)}the gateway")
     reporter.say(f"logs are in {run_dir}")
     return asyncio.run(_up(supervisor, reporter, ready, stop_with_stdin=exit_with_parent))
 
@@ -109,17 +121,33 @@ def up(
 def serve(config_path: Path, port: int | None) -> int:
     """Run the gateway alone, in front of engines that run already."""
     config = read_config(config_path)
-    emulated = [tier for tier in config.tiers if tier.engine == "emulated"]
-    if emulated:
+    to_start = [tier.engine for tier in config.tiers if not tier.urls]
+    if to_start:
         raise BadInputError(
-            f"{config_path} has emulated tiers, which `conserve serve` does not start",
-            remedy='use `conserve up`, or give every tier engine = "attach" and its urls',
+            f"{config_path} has {to_start[0]} tiers without urls, and `conserve serve` starts no "
+            "engines",
+            remedy="use `conserve up`, or give every tier its urls",
         )
+    if any(tier.engine == "sglang" for tier in config.tiers):
+        # To the gateway engines are URLs; how they are started means nothing to it.
+        config_path = make_run_dir(None) / "gateway.toml"
+        config_path.touch(mode=0o600)
+        config_path.write_text(attached_config(config), encoding="utf-8")
     argv = [sys.executable, "-m", "conserve_serving.gateway", "--config", str(config_path)]
     if port is not None:
         argv += ["--port", str(port)]
     # The gateway takes this process's place: signals and the exit code are its own.
     os.execv(sys.executable, argv)  # noqa: S606 - our own interpreter and module
+
+
+def _engines_in_words(plan: ClusterPlan) -> str:
+    real = sum(isinstance(engine, SglangEngine) for engine in plan.engines)
+    words = [
+        f"{number} {kind} engine{'s' * (number != 1)}"
+        for number, kind in ((len(plan.engines) - real, "emulated"), (real, "SGLang"))
+        if number
+    ]
+    return " and ".join(words) + " and " if words else ""
 
 
 def make_run_dir(run_dir: Path | None) -> Path:

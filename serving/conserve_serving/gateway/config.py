@@ -3,7 +3,8 @@
     [gateway]     where to listen, limits, time-outs
     [identity]    where a conversation's id is looked for
     [scheduler]   the policy and its settings
-    [[tiers]]     groups of engines: prefillers and decoders, emulated or attached by URL
+    [handoff]     how SGLang engines that `conserve` starts hand KV over
+    [[tiers]]     groups of engines: prefillers and decoders; emulated, SGLang, or attached by URL
 
 Unknown keys are refused by name, with the nearest known one suggested.
 """
@@ -23,12 +24,21 @@ from conserve_serving.core.policies import POLICIES
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.types import Tier, TierMode
 from conserve_serving.engines.profile import list_profiles
+from conserve_serving.engines.sglang.flags import (
+    DEFAULT_PREFETCH_THRESHOLD_TOKENS,
+    OPTIONAL_FLAGS,
+    check_flags,
+    check_omit,
+)
 from conserve_serving.gateway.config_checks import (
     DEFAULT_PROFILE,
     check_cluster,
+    check_extra,
     check_headers,
     check_tier,
     check_url,
+    complete_tier,
+    with_engine,
 )
 from conserve_serving.gateway.errors import ConfigError
 
@@ -70,6 +80,13 @@ class GatewaySection(_Section):
     )
     poll_interval_s: float = Field(
         default=0.5, gt=0, description="interval at which engines' loads and occupancy are read"
+    )
+    energy_period_s: float = Field(
+        default=0.1,
+        ge=0.01,
+        le=10.0,
+        description="interval at which the energy counters (or the power) of the engines' GPUs are "
+        "read, where tiers name GPUs of this machine",
     )
     health_interval_s: float = Field(
         default=1.0,
@@ -227,6 +244,64 @@ class SchedulerSection(_Section):
         return SchedulerSettings(**{name: getattr(self, name) for name in names})
 
 
+class HandoffSection(_Section):
+    """How SGLang engines that `conserve` starts hand KV over; attached ones have own flags."""
+
+    transport: Literal["file", "mooncake", "nixl"] = Field(
+        default="file",
+        description="what carries the pages: files in a folder that all engines share, or SGLang's "
+        "own Mooncake or NIXL back end",
+    )
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of the file transport; engines on several machines need one on a file "
+        "system they share. Default: a new one in shared memory, or in the run folder where that "
+        "is small; removed at the end",
+    )
+    max_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="most that pages in the store may take; default: half of what is free where "
+        "path is (in shared memory: a quarter of the memory that is free)",
+    )
+    max_age_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="conversations without a new page for this long are removed from the store; "
+        "those that end are removed at once",
+    )
+    prefetch_threshold_tokens: int = Field(
+        default=DEFAULT_PREFETCH_THRESHOLD_TOKENS,
+        ge=16,
+        description="shorter hits in the store are computed instead of loaded; keep "
+        "scheduler.handoff_floor_tokens at least as large",
+    )
+    ack_url: str | None = Field(
+        default=None,
+        description="where prefillers' stores acknowledge hand-offs: the gateway's "
+        "/conserve/v1/handoffs as those machines reach it. Default: from gateway.host and port",
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further keys of the store's configuration: those of the mooncake or nixl "
+        "back end, and SGLang's own (prefetch_timeout_base …)",
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _free_keys(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        check_extra(extra)
+        return extra
+
+    @field_validator("ack_url")
+    @classmethod
+    def _legal_ack_url(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_url(url, path=True)
+        return url
+
+
 class TierSection(_Section):
     """One group of equal engines."""
 
@@ -234,17 +309,33 @@ class TierSection(_Section):
         default=None, description="prefix of its engines' ids; default: p or d"
     )
     role: Tier = Field(strict=False, description="prefill or decode")
-    engine: Literal["emulated", "attach"] = Field(
+    engine: Literal["emulated", "sglang", "attach"] = Field(
         default="emulated",
-        description="emulated: `conserve up` starts them; attach: running engines, by URL",
+        description="emulated, sglang: `conserve up` starts them; attach: running engines, by URL",
     )
-    count: int = Field(default=1, ge=1, le=256, description="engines to start (emulated)")
+    count: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="engines to start (emulated, sglang); default: one for each entry of gpus or "
+        "urls, else 1",
+    )
     urls: tuple[str, ...] = Field(
-        default=(), strict=False, description="URLs of the running engines (attach)"
+        default=(),
+        strict=False,
+        description="attach: URLs of the running engines. sglang: where each engine listens; those "
+        "on other machines are started there, with `conserve engine`. Default there: free ports "
+        "of this machine",
     )
     model: str | None = Field(
         default=None,
-        description="served model's name; default: the profile's (emulated) or the engine's",
+        description="sglang: path or hub name of the weights, required. Else the served model's "
+        "name; default: the profile's (emulated) or the engine's",
+    )
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="what clients call the model (sglang); default: model",
     )
     profile: str | None = Field(
         default=None,
@@ -257,12 +348,64 @@ class TierSection(_Section):
     host_capacity_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="KV tokens in host memory; default: the profile's (emulated), 0 (attach)",
+        description="KV tokens in host memory; default: the profile's (emulated), else 0",
     )
-    page_tokens: int = Field(default=64, ge=1, description="KV page size (emulated)")
+    page_tokens: int = Field(default=64, ge=1, description="KV page size (emulated, sglang)")
     speed: float = Field(
         default=1.0, gt=0, description="how many times faster than the wall clock (emulated)"
     )
+    gpus: tuple[tuple[str, ...], ...] | None = Field(
+        default=None,
+        strict=False,
+        description="GPUs of each engine, by number or UUID: [0, 1] for one each, "
+        "[[0, 1], [2, 3]] for several. sglang: what it runs on; default: the next free ones of "
+        "this machine, tp for each engine; [] leaves CUDA_VISIBLE_DEVICES as it is. attach: those "
+        "of this machine, whose energy is measured; [] for an engine elsewhere",
+    )
+    tp: int = Field(
+        default=1,
+        ge=1,
+        description="tensor-parallel size (sglang); default: as many GPUs as gpus gives an engine",
+    )
+    host_kv_gb: int | None = Field(
+        default=None,
+        ge=1,
+        description="host memory for KV, 10^9 bytes for each rank of an engine (sglang); default: "
+        "twice the device's, or what fits",
+    )
+    python: str | None = Field(
+        default=None,
+        min_length=1,
+        description="interpreter of the environment that has SGLang; default: the one that runs "
+        "`conserve`",
+    )
+    flags: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="further flags for SGLang, flag and value as two items; those that would break "
+        "the hand-off are refused",
+    )
+    omit: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="flags that `conserve` adds and this model or machine cannot have: "
+        + ", ".join(OPTIONAL_FLAGS),
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="further environment variables (sglang)"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="SGLang's log level"
+    )
+    ready_timeout_s: float = Field(
+        default=900.0, gt=0, description="how long an engine may take to come up (sglang)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_from_others(cls, data: Any) -> Any:
+        """``count`` and ``tp`` follow from ``gpus`` and ``urls`` where they are not given."""
+        return complete_tier(data)
 
     @field_validator("profile")
     @classmethod
@@ -278,10 +421,27 @@ class TierSection(_Section):
             check_url(url)
         return urls
 
+    @field_validator("flags")
+    @classmethod
+    def _legal_flags(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
+        check_flags(flags)
+        return flags
+
+    @field_validator("omit")
+    @classmethod
+    def _legal_omit(cls, omit: tuple[str, ...]) -> tuple[str, ...]:
+        check_omit(omit)
+        return omit
+
     @model_validator(mode="after")
     def _consistent(self) -> TierSection:
         check_tier(self)
         return self
+
+    @property
+    def served_name(self) -> str | None:
+        """The name its engines serve their model under; None: whatever they say."""
+        return self.served_model_name or self.model
 
 
 def _default_tiers() -> tuple[TierSection, ...]:
@@ -297,6 +457,7 @@ class Config(_Section):
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     identity: IdentitySection = Field(default_factory=IdentitySection)
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
+    handoff: HandoffSection = Field(default_factory=HandoffSection)
     tiers: tuple[TierSection, ...] = Field(default_factory=_default_tiers, strict=False)
 
     @model_validator(mode="after")
@@ -320,6 +481,7 @@ _SECTIONS: dict[str, type[_Section]] = {
     "gateway": GatewaySection,
     "identity": IdentitySection,
     "scheduler": SchedulerSection,
+    "handoff": HandoffSection,
     "tiers": TierSection,
 }
 
@@ -328,11 +490,13 @@ def explain() -> Iterator[Setting]:
     """Every setting with its type, default and description, in the file's order."""
     for section, model in _SECTIONS.items():
         for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else _toml(field.default)
+            value = {} if field.default_factory is dict else field.default
+            default = "required" if field.is_required() else _toml(value)
             annotation = str(field.annotation)
             if annotation.startswith("<"):  # a plain class prints as <class 'x.Y'>
                 annotation = getattr(field.annotation, "__name__", annotation)
             annotation = annotation.replace("tuple[str, ...]", "list of str")
+            annotation = annotation.replace("tuple[list of str, ...]", "list of lists")
             yield Setting(
                 section=f"[[{section}]]" if section == "tiers" else f"[{section}]",
                 name=name,
@@ -347,13 +511,20 @@ def _toml(value: object) -> str:
         return "unset"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, *, engine: str | None = None) -> Config:
     """Read and check a configuration file.
+
+    Args:
+        path: the file.
+        engine: ``sglang`` or ``emulated`` where the command line says so: what tiers run that do
+            not attach to engines.
 
     Raises:
         ConfigError: the file is missing, no TOML, or holds an unknown or illegal key; the message
@@ -363,15 +534,17 @@ def load_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give an existing TOML file") from error
-    return parse_config(text, origin=str(path))
+    return parse_config(text, origin=str(path), engine=engine)
 
 
-def parse_config(text: str, *, origin: str = "configuration") -> Config:
+def parse_config(text: str, *, origin: str = "configuration", engine: str | None = None) -> Config:
     """Check a configuration given as TOML text. Raises ``ConfigError`` like `load_config`."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin}: not TOML: {error}") from error
+    if engine is not None:
+        data = with_engine(data, engine)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
