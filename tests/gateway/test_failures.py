@@ -421,14 +421,15 @@ async def test_incomplete_store(make_cluster: Any, long_text: str) -> None:
     await _falls_back(cluster, long_text, "partial_pages")
 
 
-async def test_full_store(make_cluster: Any, long_text: str) -> None:
+@pytest.mark.parametrize("error", ["store_full", "partial_pages"])
+async def test_a_store_that_kept_less(make_cluster: Any, long_text: str, error: str) -> None:
     cluster = await make_cluster()
 
     async def refuse(ack: dict[str, Any]) -> None:
-        await cluster.ask("POST", "/conserve/v1/handoffs", {**ack, "tokens": 0, "error": "full"})
+        await cluster.ask("POST", "/conserve/v1/handoffs", {**ack, "tokens": 0, "error": error})
 
     cluster.prefillers[0].acknowledge = refuse
-    await _falls_back(cluster, long_text, "store_full")
+    await _falls_back(cluster, long_text, error)
 
 
 async def test_prefiller_that_answers_badly(make_cluster: Any, long_text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from conserve_serving.core.types import (
 )
 from conserve_serving.gateway.config import Config, explain, load_config, parse_config
 from conserve_serving.gateway.errors import ConfigError, InvalidRequestError, normalise_upstream
-from conserve_serving.gateway.handoffs import REMEMBER_S, Acknowledgement, Handoffs
+from conserve_serving.gateway.handoffs import Acknowledgement, Handoffs
 from conserve_serving.gateway.identity import IdentityResolver
 from conserve_serving.gateway.lineage import Lineage, PrefixMark, Relation
 from conserve_serving.gateway.metrics import Histogram
@@ -341,26 +342,41 @@ def test_engine_errors_become_openai_errors(body: bytes, message: str, code: Any
 
 # --- hand-offs -------------------------------------------------------------------------------
 async def test_acknowledgements_early_late_twice_and_shared() -> None:
-    clock = Clock()
-    handoffs = Handoffs(clock)
-    ack = Acknowledgement(engine="p0", key="k", tokens=64)
+    handoffs = Handoffs()
+    ack = Acknowledgement(engine="p0", key="k", tokens=64, duration_s=0.5)
     first, second = handoffs.expect("k"), handoffs.expect("k")
     assert not first.done()
     assert handoffs.acknowledge(ack)
-    assert first.result() is second.result() is ack
+    assert first.result() == second.result() == ack
     assert handoffs.acknowledge(ack)  # twice does no harm
     handoffs.release("k")
     handoffs.release("k")
     assert handoffs.waiting == 0
     assert not handoffs.acknowledge(ack)  # late
-    assert handoffs.expect("k").done()  # the pages are stored: nothing will be written again
+    assert handoffs.unexpected == 1
+    assert not handoffs.expect("k").done()  # stored once is not stored now: each prefill is told
     handoffs.release("k")
-    clock.now_s += REMEMBER_S + 1
-    assert not handoffs.expect("k").done()
+
+
+async def test_every_rank_acknowledges_its_part_and_the_smallest_part_counts() -> None:
+    handoffs = Handoffs()
+    future = handoffs.expect("k")
+    part = Acknowledgement(engine="p0", key="k", tokens=128, duration_s=0.1, rank=1, ranks=2)
+    handoffs.acknowledge(part)
+    handoffs.acknowledge(part)  # the same rank again is not the other one
+    assert not future.done()
+    handoffs.acknowledge(replace(part, rank=0, tokens=64, duration_s=0.3))
+    assert (future.result().tokens, future.result().duration_s) == (64, 0.3)
     handoffs.release("k")
-    handoffs.acknowledge(ack)
-    handoffs.forget_engine("p0")
-    assert not handoffs.expect("k").done()
+
+
+async def test_one_ranks_failure_is_enough() -> None:
+    handoffs = Handoffs()
+    future = handoffs.expect("k")
+    handoffs.acknowledge(
+        Acknowledgement(engine="p0", key="k", tokens=0, error="store_full", rank=1, ranks=2)
+    )
+    assert future.result().error == "store_full"
     handoffs.release("k")
 
 

@@ -36,6 +36,7 @@ from conserve_serving.engines.client_wire import (
 )
 from conserve_serving.engines.http import Buffer, HttpPool, Response
 from conserve_serving.engines.http_errors import BadReply, EngineRefused, ResponseTimeout
+from conserve_serving.engines.sglang import marks
 
 _T = TypeVar("_T")
 
@@ -193,6 +194,7 @@ class EngineClient:
         input_ids: Sequence[int],
         *,
         rid: str,
+        conversation: str | None = None,
         priority: int | None = None,
         timeout_s: float | None = None,
     ) -> Prefilled:
@@ -205,6 +207,8 @@ class EngineClient:
         Args:
             input_ids: the prompt.
             rid: request id, for :meth:`abort`.
+            conversation: whose prompt it is, under the name its session has on the decoder; the
+                store keeps the pages until that session is closed.
             priority: as ``EngineDescription.priority_field`` gives it.
             timeout_s: longest wait, queueing included; None: none.
         """
@@ -213,6 +217,8 @@ class EngineClient:
             "sampling_params": {"max_new_tokens": 0},
             "rid": rid,
         }
+        if conversation is not None:
+            body["routing_key"] = conversation
         if priority is not None:
             body["priority"] = priority
         path = "/generate"
@@ -244,8 +250,22 @@ class EngineClient:
         await self._call("POST", "/open_session", body)
 
     async def close_session(self, session_id: str) -> None:
-        """Let go of a session's KV."""
+        """Take the protection of a session's KV away: it may be evicted, or go to the host."""
         await self._call("POST", "/close_session", {"session_id": session_id})
+
+    async def free_session(self, session_id: str) -> None:
+        """Have the KV of a closed session leave the device and the host tier.
+
+        Only engines with our store do so; others leave it to eviction.
+        """
+        await self._call("POST", "/close_session", {"session_id": session_id + marks.FREE})
+
+    async def forget_pages(self, session_id: str) -> None:
+        """Have a conversation's pages leave the hand-off store, under its session's name.
+
+        Any engine with our store can do it for all.
+        """
+        await self._call("POST", "/close_session", {"session_id": session_id + marks.END})
 
     async def abort(self, rid: str) -> None:
         """Stop a request, wherever it is; unknown ids are ignored by the engine."""

@@ -43,6 +43,7 @@ class EngineDescription:
         low_priority_first: the smaller value goes first there.
         version: of the server, empty when it does not say.
         emulated: set when it is an emulated engine.
+        handoff_role: ``prefill``, ``decode`` or ``both``, where it runs our hand-off store.
     """
 
     model: str
@@ -55,6 +56,7 @@ class EngineDescription:
     low_priority_first: bool
     version: str
     emulated: EmulatedExtension | None
+    handoff_role: str | None = None
 
     def priority_field(self, priority: int) -> int | None:
         """The value to send for ``priority`` (larger first); None: send none."""

@@ -67,6 +67,7 @@ class ServerInfo(msgspec.Struct):
     enable_priority_scheduling: bool = False
     schedule_low_priority_values_first: bool = False
     version: str = ""
+    hicache_storage_backend_extra_config: str | None = None
     conserve: ConserveInfo | None = None
 
 
@@ -166,7 +167,22 @@ def describe(
         low_priority_first=info.schedule_low_priority_values_first,
         version=info.version,
         emulated=info.conserve.value() if info.conserve is not None else None,
+        handoff_role=_handoff_role(info.hicache_storage_backend_extra_config),
     )
+
+
+class _StoreExtra(msgspec.Struct):
+    module_path: str = ""
+    role: str | None = None
+
+
+def _handoff_role(extra_config: str | None) -> str | None:
+    """The role of our store, where the engine runs it."""
+    try:
+        extra = msgspec.json.decode(extra_config or "{}", type=_StoreExtra)
+    except msgspec.MsgspecError:  # of somebody else's storage back end
+        return None
+    return extra.role if extra.module_path.startswith("conserve_serving.") else None
 
 
 def sum_loads(reply: LoadsReply) -> Loads:

@@ -47,6 +47,8 @@ class _Ack(msgspec.Struct):
     tokens: int
     duration_s: float | None = None
     error: str | None = None
+    rank: int = 0
+    ranks: int = 1
 
 
 class _NewEngine(msgspec.Struct):
@@ -176,6 +178,8 @@ class Admin:
                 tokens=ack.tokens,
                 duration_s=ack.duration_s,
                 error=ack.error,
+                rank=ack.rank,
+                ranks=ack.ranks,
             )
         )
         return 200, {"expected": waited_for}

@@ -1,21 +1,15 @@
 """Acknowledgements of hand-offs: a prefiller's store says that a prompt's pages can be read.
 
 An acknowledgement may come before the prefill call has returned, after the wait for it has ended,
-more than once, or never. Keys seen lately are remembered, so that a prompt whose pages are already
-stored (the store then writes nothing, and says nothing) counts as acknowledged.
+more than once, or never. Each prefill is acknowledged anew, also where its pages were stored
+already: what was stored earlier may have been removed since. Tensor-parallel ranks store their
+parts of the pages side by side, and each says so for itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
-
-#: How long a stored prompt is believed to stay stored. Stores keep hand-offs for longer.
-REMEMBER_S: Final = 30.0
-_MAX_REMEMBERED: Final = 10_000
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +18,9 @@ class Acknowledgement:
 
     Attributes:
         duration_s: how long storing took, in the engine's own seconds; None: it does not say.
-        error: why the store kept less than the prompt (``store_full``), None when it kept all.
+        error: why the store kept less than the prompt (``store_full``, ``partial_pages``), None
+            when it kept all.
+        rank, ranks: which of the engine's ranks says this, and how many there are.
     """
 
     engine: str
@@ -32,20 +28,38 @@ class Acknowledgement:
     tokens: int
     duration_s: float | None = None
     error: str | None = None
+    rank: int = 0
+    ranks: int = 1
+
+
+class _Awaited:
+    """One prompt: who waits, and which ranks have spoken."""
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[Acknowledgement] = asyncio.get_running_loop().create_future()
+        self.users = 0
+        self.spoken: dict[int, Acknowledgement] = {}
+
+    def take(self, ack: Acknowledgement) -> None:
+        self.spoken[ack.rank] = ack
+        if self.future.done() or (ack.error is None and len(self.spoken) < ack.ranks):
+            return
+        said = self.spoken.values()
+        durations = [one.duration_s for one in said if one.duration_s is not None]
+        self.future.set_result(
+            replace(
+                ack,
+                tokens=min(one.tokens for one in said),
+                duration_s=max(durations, default=None),
+            )
+        )
 
 
 class Handoffs:
-    """Brings acknowledgements to the turns that wait for them.
+    """Brings acknowledgements to the turns that wait for them."""
 
-    Args:
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._waiting: dict[str, asyncio.Future[Acknowledgement]] = {}
-        self._users: dict[str, int] = {}
-        self._recent: OrderedDict[str, tuple[float, Acknowledgement]] = OrderedDict()
+    def __init__(self) -> None:
+        self._waiting: dict[str, _Awaited] = {}
         self.unexpected = 0
 
     def expect(self, key: str) -> asyncio.Future[Acknowledgement]:
@@ -53,44 +67,27 @@ class Handoffs:
 
         Call before the prefill is started: the acknowledgement may overtake its reply.
         """
-        future = self._waiting.get(key)
-        if future is None:
-            future = asyncio.get_running_loop().create_future()
-            self._waiting[key] = future
-            known = self._recent.get(key)
-            if known is not None and self._clock() - known[0] <= REMEMBER_S:
-                future.set_result(known[1])
-        self._users[key] = self._users.get(key, 0) + 1
-        return future
+        awaited = self._waiting.get(key)
+        if awaited is None:
+            awaited = self._waiting[key] = _Awaited()
+        awaited.users += 1
+        return awaited.future
 
     def release(self, key: str) -> None:
         """The turn no longer waits."""
-        left = self._users[key] - 1
-        if left:
-            self._users[key] = left
-        else:
-            del self._users[key], self._waiting[key]
+        awaited = self._waiting[key]
+        awaited.users -= 1
+        if not awaited.users:
+            del self._waiting[key]
 
     def acknowledge(self, ack: Acknowledgement) -> bool:
         """Take an acknowledgement in; returns whether a turn was waiting for it."""
-        future = self._waiting.get(ack.key)
-        if ack.error is None:
-            self._recent[ack.key] = (self._clock(), ack)
-            self._recent.move_to_end(ack.key)
-            while len(self._recent) > _MAX_REMEMBERED:
-                self._recent.popitem(last=False)
-        if future is None:
+        awaited = self._waiting.get(ack.key)
+        if awaited is None:
             self.unexpected += 1
             return False
-        if not future.done():
-            future.set_result(ack)
+        awaited.take(ack)
         return True
-
-    def forget_engine(self, engine: str) -> None:
-        """The prefiller is gone: what its store held is no longer believed."""
-        stale = [key for key, (_, ack) in self._recent.items() if ack.engine == engine]
-        for key in stale:
-            del self._recent[key]
 
     @property
     def waiting(self) -> int:

@@ -1,15 +1,15 @@
 """Sessions on the engines: what keeps an idle conversation's KV on the device between its turns.
 
 A conversation has a session on one engine at most, opened before its first turn there, closed when
-the scheduler parks it (its KV may then go to the host tier) or releases it, and opened again by
-its next turn.
+the scheduler parks it (its KV may then go to the host tier) or releases it (its KV then leaves the
+engine), and opened again by its next turn. When the conversation ends, its pages leave the store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
@@ -120,7 +120,7 @@ class Sessions:
         return name
 
     def close(self, conversation: Conversation) -> None:
-        """Let the engine have the conversation's KV back. Returns at once."""
+        """Let the engine park the conversation's KV, or evict it. Returns at once."""
         if conversation.session is None:
             return
         engine_id, epoch = conversation.session
@@ -128,15 +128,60 @@ class Sessions:
         engine = self._engine_of(engine_id)
         if engine is None or engine.epoch != epoch or not engine.serving:
             return
-        task = self._background.start(
-            self._close(engine, conversation.key), f"close session on {engine_id}"
-        )
-        self._closing[conversation.key] = task
+        self._run(conversation.key, engine, engine.client.close_session)
 
-    async def _close(self, engine: Engine, key: ConversationId) -> None:
+    def release(self, conversation: Conversation, engine_id: str) -> None:
+        """Have the conversation's KV leave an engine. Returns at once."""
+        engine = self._engine_of(engine_id)
+        calls: list[Callable[[str], Awaitable[None]]] = []
+        if conversation.session is not None and conversation.session[0] == engine_id:
+            if engine is not None and engine.epoch == conversation.session[1]:
+                calls.append(engine.client.close_session)
+            conversation.session = None
+        if engine is None or not engine.serving:
+            return
+        if engine.has_store:
+            calls.append(engine.client.free_session)
+        if calls:
+            self._run(conversation.key, engine, *calls)
+
+    def end(self, conversation: Conversation, engines: Iterable[Engine]) -> None:
+        """The conversation is over: have its pages leave the store. Returns at once.
+
+        Args:
+            conversation: with no turn running.
+            engines: those that serve.
+        """
+        if not conversation.in_store:
+            return
+        conversation.in_store = False
+        able = [engine for engine in engines if engine.has_store]
+        able.sort(key=lambda engine: engine.id != conversation.decoder)
+        if able:
+            self._run(conversation.key, able[0], able[0].client.forget_pages)
+
+    def _run(
+        self, key: ConversationId, engine: Engine, *calls: Callable[[str], Awaitable[None]]
+    ) -> None:
+        before = self._closing.get(key)
+        task = self._background.start(
+            self._call(engine, key, before, calls), f"close session on {engine.id}"
+        )
+        self._closing[key] = task
+
+    async def _call(
+        self,
+        engine: Engine,
+        key: ConversationId,
+        before: asyncio.Task[None] | None,
+        calls: Iterable[Callable[[str], Awaitable[None]]],
+    ) -> None:
         mine = asyncio.current_task()
+        if before is not None:
+            await asyncio.wait([before])
         try:
-            await engine.client.close_session(session_id(key))
+            for call in calls:
+                await call(session_id(key))
         except EngineHttpError as error:
             _log.warning("closing a session on %s: %s", engine.id, error)
         finally:

@@ -5,8 +5,8 @@ Four hooks, applied through SGLang's hook registry, idle unless the engine runs 
 - when a prefill ends whose request names its conversation (``routing_key``), the store is told
   which pages the prompt has; pages that the tree still holds and the store has lost meanwhile are
   stored again, for SGLang itself stores a page once and never looks back;
-- when a session is closed, the KV that only this session held leaves the device and the host tier.
-  SGLang only takes its protection away and leaves it to be evicted some day;
+- when a session is closed with a mark (:mod:`marks`), the KV that only this session held leaves the
+  device and the host tier, or its pages the store. SGLang itself only takes the protection away;
 - what could not leave at once, because a copy was under way, leaves a few steps later;
 - the occupancy gauges are published when the engine comes to rest after that.
 
@@ -16,18 +16,24 @@ Loaded inside SGLang: standard library, torch and SGLang; written against SGLang
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
+from conserve_serving.engines.sglang import marks
 from conserve_serving.engines.sglang.errors import StoreError
 
 _log = logging.getLogger(__name__)
 
 _TREE: Final = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
 _REPORTER: Final = (
     "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 )
+#: Sessions closed lately whose KV may still be freed; SGLang remembers as many.
+_MOST_CLOSED: Final = 8192
 
 
 def register() -> None:
@@ -35,7 +41,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{_TREE}.checkpoint_into_tree", prompt_cached, HookType.AFTER)
-    HookRegistry.register(f"{_TREE}.release_radix_session", session_released, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}.close_session", session_closed, HookType.AROUND)
     HookRegistry.register(f"{_TREE}.check_hicache_events", step_taken, HookType.AFTER)
     HookRegistry.register(f"{_REPORTER}._maybe_log_idle_metrics", resting, HookType.BEFORE)
 
@@ -48,7 +54,7 @@ def require_hooks() -> None:
     """
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-    for name in ("checkpoint_into_tree", "release_radix_session", "check_hicache_events"):
+    for name in ("checkpoint_into_tree", "check_hicache_events"):
         if not hasattr(getattr(UnifiedRadixCache, name, None), "__wrapped__"):
             raise StoreError(
                 f"SGLang has not loaded our plug-in 'conserve' ({name} is not hooked): install "
@@ -57,98 +63,155 @@ def require_hooks() -> None:
             )
 
 
-# --- a prompt has been prefilled --------------------------------------------------------------
+def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
+    """A fault of ours may cost a hand-off or some KV that stays; it must not end the engine."""
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            hook(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - see above; SGLang's scheduler dies of what escapes here
+            _log.exception("ConServe plug-in: %s failed", hook.__name__)
+
+    return guarded
+
+
+# --- a prompt has been prefilled ---------------------------------------------------------------
+@_harmless
 def prompt_cached(result: object, cache: Any, req: Any, *, up_to: int) -> None:
     """After a request's KV went into the tree: tell the store which pages its prompt has."""
     conversation = req.routing_key
     store = _store(cache)
     if not conversation or store is None or not store.config.stores or not req.finished():
         return
-    path = _path(cache, req.last_node)
-    keys = [key for node in path for key in node.hash_value or ()]
-    keys = keys[: len(req.origin_input_ids) // store.page_tokens]
-    _store_again(cache, store, path)
-    store.expect(conversation, keys)
+    path = cache.tree_core.collect_path_info([req.last_node])[0]
+    pages = [(node.node_id, cache.tree_core.get_hash_values(node.node_id)) for node in path]
+    _store_again(cache, store, pages)
+    keys = [key for _, hashes in pages for key in hashes]
+    store.expect(conversation, keys[: len(req.origin_input_ids) // store.page_tokens])
 
 
-def _store_again(cache: Any, store: Any, path: list[Any]) -> None:
+def _store_again(cache: Any, store: Any, pages: list[tuple[Any, list[str]]]) -> None:
     """Store what the host tier holds and the store has lost."""
     import torch
 
     under_way = {entry[0] for entry in cache.ongoing_backup.values()}
+    for entry in cache.ongoing_write_through.values():  # not copied to the host yet
+        under_way.update(entry[2])
     held = [
-        node
-        for node in path
-        if node.backuped and node.write_through_pending_id is None and node.id not in under_way
+        (node_id, hashes)
+        for node_id, hashes in pages
+        if node_id not in under_way and cache.tree_core.is_backuped(node_id)
     ]
     if not held:
         return
     lost = torch.tensor(
-        [store.writes and store.missing(node.hash_value or ()) for node in held], dtype=torch.int
+        [store.writes and store.missing(hashes) for _, hashes in held], dtype=torch.int
     )
     # Ranks must write in step: what one has lost, all store again.
     cache._all_reduce_attn_groups(lost, torch.distributed.ReduceOp.MAX)
-    for node, gone in zip(held, lost.tolist(), strict=True):
+    for (node_id, _), gone in zip(held, lost.tolist(), strict=True):
         if gone:
-            cache.write_backup_storage(node.id)
+            cache.write_backup_storage(node_id)
 
 
-# --- a session has been closed ----------------------------------------------------------------
-class _Leaving:
-    """KV of closed sessions that has not left yet: the lowest node of each path."""
+# --- a session has been closed -----------------------------------------------------------------
+class _Sessions:
+    """Where the KV of closed sessions is, and what of it is on its way out.
+
+    Attributes:
+        paths: of each session closed lately, its nodes, the lowest first.
+        leaving: lowest nodes of paths that could not leave at once.
+        changed: KV has left since the gauges were published.
+    """
 
     def __init__(self) -> None:
-        self.nodes: list[Any] = []
+        self.paths: OrderedDict[str, list[list[Any]]] = OrderedDict()
+        self.leaving: list[Any] = []
         self.changed = False
 
 
-def session_released(original: Callable[..., Any], cache: Any, session_id: str) -> Any:
-    """Around the release of a session: let its KV leave the device and the host tier."""
+def session_closed(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """Around the close of a session: see :mod:`marks`."""
+    name, mark = marks.split(request.session_id)
+    if mark is None:
+        _note_paths(scheduler.tree_cache, name)
+        return original(scheduler, request)
+    if mark == marks.FREE:
+        _free(scheduler.tree_cache, name)
+    else:
+        _end(scheduler.tree_cache, name)
+    return None
+
+
+@_harmless
+def _note_paths(cache: Any, name: str) -> None:
+    """Before a session's references go: remember where its KV is, for a ``FREE`` to come."""
+    if _store(cache) is None:
+        return
+    component = getattr(cache, "components", {}).get(_base_component())
+    leaves = component._session_leaves.get(name, ()) if component is not None else ()
+    if not leaves:
+        return
+    paths = _sessions(cache).paths
+    paths[name] = [_upwards(leaf) for leaf in leaves]
+    paths.move_to_end(name)
+    if len(paths) > _MOST_CLOSED:
+        paths.popitem(last=False)
+
+
+@_harmless
+def _free(cache: Any, name: str) -> None:
+    sessions = _sessions(cache)
+    for path in sessions.paths.pop(name, ()):
+        there = [node for node in path if node.id in cache.tree_core._node_arena]
+        sessions.leaving += there[:1]
+    _let_leave(cache, sessions)
+
+
+@_harmless
+def _end(cache: Any, name: str) -> None:
     store = _store(cache)
-    if store is None:
-        return original(cache, session_id)
-    leaves = _session_leaves(cache, session_id)
-    result = original(cache, session_id)
-    leaving = _leaving(cache)
-    leaving.nodes += leaves
-    _let_leave(cache, leaving)
-    store.release(session_id)
-    return result
+    if store is not None:
+        store.release(name)
 
 
+@_harmless
 def step_taken(result: object, cache: Any) -> None:
     """After a scheduler step: try again what could not leave before."""
-    leaving = getattr(cache, "_conserve_leaving", None)
-    if leaving is not None and leaving.nodes:
-        _let_leave(cache, leaving)
+    sessions = getattr(cache, "_conserve_sessions", None)
+    if sessions is not None and sessions.leaving:
+        _let_leave(cache, sessions)
 
 
+@_harmless
 def resting(reporter: Any) -> None:
     """Before the engine may publish its gauges at rest: see that it does, when KV has left."""
-    leaving = getattr(reporter.scheduler.tree_cache, "_conserve_leaving", None)
-    if leaving is not None and leaving.changed and reporter.current_scheduler_metrics_enabled:
-        leaving.changed = False
+    sessions = getattr(reporter.scheduler.tree_cache, "_conserve_sessions", None)
+    if sessions is not None and sessions.changed and reporter.current_scheduler_metrics_enabled:
+        sessions.changed = False
         reporter.metrics_collector.last_log_time = 0.0
 
 
-def _let_leave(cache: Any, leaving: _Leaving) -> None:
-    stuck = [_evict_upwards(cache, node, leaving) for node in leaving.nodes]
-    leaving.nodes = [node for node in stuck if node is not None]
+def _let_leave(cache: Any, sessions: _Sessions) -> None:
+    stuck = [_evict_upwards(cache, node, sessions) for node in sessions.leaving]
+    sessions.leaving = [node for node in stuck if node is not None]
 
 
-def _evict_upwards(cache: Any, node: Any, leaving: _Leaving) -> Any | None:
+def _evict_upwards(cache: Any, node: Any, sessions: _Sessions) -> Any | None:
     """Evict a node and those above it that nobody needs; the first that is still in use."""
     core = cache.tree_core
+    base = _base_component()
     tracker = dict.fromkeys(cache.tree_components, 0)
     while node is not None and node.parent is not None and node.id in core._node_arena:
-        if _full(node).session_ref > 0 or node.children:
+        if node.component_data[base].session_ref > 0 or node.children:
             return None  # another conversation goes on from here
         parent = node.parent
         if not node.evicted:
             if node not in core.evictable_device_leaves:
                 return node
             cache._evict_device_leaf(node.id, tracker)
-            leaving.changed = True
+            sessions.changed = True
         if node.backuped:
             if node not in core.evictable_host_leaves:
                 return node
@@ -167,7 +230,7 @@ def _evict_host_leaf(cache: Any, node: Any) -> None:
     cache._apply_eviction_result(result)
 
 
-# --- SGLang's objects -------------------------------------------------------------------------
+# --- SGLang's objects --------------------------------------------------------------------------
 def _store(cache: Any) -> Any | None:
     """Our store, if this cache's engine runs it."""
     controller = getattr(cache, "cache_controller", None)
@@ -176,31 +239,22 @@ def _store(cache: Any) -> Any | None:
     return backend if hasattr(backend, "expect") and hasattr(backend, "release") else None
 
 
-def _leaving(cache: Any) -> _Leaving:
-    leaving = getattr(cache, "_conserve_leaving", None)
-    if leaving is None:
-        leaving = cache._conserve_leaving = _Leaving()
-    return leaving
+def _sessions(cache: Any) -> _Sessions:
+    sessions = getattr(cache, "_conserve_sessions", None)
+    if sessions is None:
+        sessions = cache._conserve_sessions = _Sessions()
+    return sessions
 
 
-def _path(cache: Any, node_id: Any) -> list[Any]:
-    """Nodes from the first page's down to ``node_id``'s."""
-    node = cache.tree_core.node_by_id(node_id)
+def _upwards(node: Any) -> list[Any]:
     path = []
     while node is not None and node.parent is not None:
         path.append(node)
         node = node.parent
-    return path[::-1]
+    return path
 
 
-def _full(node: Any) -> Any:
+def _base_component() -> Any:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core import BASE_COMPONENT_TYPE
 
-    return node.component_data[BASE_COMPONENT_TYPE]
-
-
-def _session_leaves(cache: Any, session_id: str) -> list[Any]:
-    from sglang.srt.mem_cache.unified_cache.unified_tree_core import BASE_COMPONENT_TYPE
-
-    component = cache.components[BASE_COMPONENT_TYPE]
-    return list(component._session_leaves.get(session_id, ()))
+    return BASE_COMPONENT_TYPE
