@@ -33,8 +33,8 @@ class PowerModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     decode_h: float
     boards: int = 1
 
-    def decode_w(self, batch: int) -> float:
-        """Watts while ``batch`` requests decode, all boards together."""
+    def decode_w(self, batch: float) -> float:
+        """Watts while ``batch`` requests decode (a mean, perhaps), all boards together."""
         saturation = 1.0 - math.exp(-batch / self.decode_h)
         return self.boards * (self.decode_p0_w + (self.decode_ps_w - self.decode_p0_w) * saturation)
 

@@ -1,0 +1,1 @@
+"""Joules: read from GPU boards or modelled, and attributed to turns (docs/energy.md)."""

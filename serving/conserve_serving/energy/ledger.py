@@ -1,0 +1,455 @@
+"""The ledger of one engine's joules: what ran in an interval pays for it. Pure, time an argument.
+
+What an engine used between two readings of its counters is idle, active, or cannot be attributed.
+Active joules are split between prefill and decode by the time the engine says it spent on each,
+and within each over the requests that were there: prefill by uncached prompt tokens, decode by
+the steps each request took part in. What no request of ours accounts for stays unattributed, so
+that nothing is lost and nothing made: ``total = idle + prefill + decode + unattributed + pending``.
+
+A settled interval is never opened again. What becomes known later (the counts at a request's end)
+is used in the interval in which it becomes known. The whole rule: docs/energy.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from conserve_serving.energy.errors import InvariantError
+
+#: An estimate of a prompt's uncached tokens may be short by half, or by this many tokens; counted
+#: tokens beyond that are somebody else's.
+_SLACK_TOKENS = 256
+_TOLERANCE = 1e-9
+
+
+class Kind(enum.StrEnum):
+    """What joules were used for."""
+
+    IDLE = "idle"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNATTRIBUTED = "unattributed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What an engine counted in an interval (``/v1/loads``); times in the engine's seconds.
+
+    Attributes:
+        prefill_tokens: uncached prompt tokens computed, in ``prefill_s`` seconds.
+        decode_steps: decode steps without prefill in them, in ``decode_s`` seconds.
+        decode_batch_sum: sum over those steps of the requests in the batch: request-steps.
+    """
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_steps: int = 0
+    decode_s: float = 0.0
+    decode_batch_sum: float = 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent on steps."""
+        return self.prefill_s + self.decode_s
+
+    def __add__(self, other: Steps) -> Steps:
+        """Both, one after the other."""
+        return Steps(
+            prefill_tokens=self.prefill_tokens + other.prefill_tokens,
+            prefill_s=self.prefill_s + other.prefill_s,
+            decode_steps=self.decode_steps + other.decode_steps,
+            decode_s=self.decode_s + other.decode_s,
+            decode_batch_sum=self.decode_batch_sum + other.decode_batch_sum,
+        )
+
+
+#: Relative cost of a second of prefill and of decode, given the steps of an interval.
+Weights = Callable[[Steps], tuple[float, float]]
+
+
+def equal_weights(_: Steps) -> tuple[float, float]:
+    """A second is a second: where no power model says better."""
+    return 1.0, 1.0
+
+
+class Tally:
+    """The joules of a turn, or of all turns of a conversation.
+
+    Attributes:
+        prefill_j, decode_j: what it has been charged so far; idle shares are nobody's.
+        sources: where the figures come from.
+        unknown_engines: engines it ran on whose joules are not known.
+        pending: requests of it whose last interval is not settled.
+    """
+
+    __slots__ = ("_whole", "decode_j", "pending", "prefill_j", "sources", "unknown_engines")
+
+    def __init__(self, whole: Tally | None = None) -> None:
+        """Args: the conversation's tally, when this one is a turn's; it is charged as well."""
+        self._whole = whole
+        self.prefill_j = 0.0
+        self.decode_j = 0.0
+        self.sources: tuple[str, ...] = ()
+        self.unknown_engines: tuple[str, ...] = ()
+        self.pending = 0
+
+    @property
+    def total_j(self) -> float:
+        """Prefill and decode."""
+        return self.prefill_j + self.decode_j
+
+    def describe(self) -> dict[str, object] | None:
+        """As JSON; None where none of its requests is known."""
+        if not (self.sources or self.unknown_engines or self.pending):
+            return None
+        return {
+            "total_j": self.total_j if self.sources else None,
+            "prefill_j": self.prefill_j if self.sources else None,
+            "decode_j": self.decode_j if self.sources else None,
+            "source": "; ".join(self.sources) or None,
+            "settled": not self.pending,
+            "unknown_engines": list(self.unknown_engines),
+        }
+
+    def charge(self, kind: Kind, joules: float, source: str) -> None:
+        """Add joules of a kind (prefill or decode)."""
+        if kind is Kind.PREFILL:
+            self.prefill_j += joules
+        else:
+            self.decode_j += joules
+        if source not in self.sources:
+            self.sources = (*self.sources, source)
+        if self._whole is not None:
+            self._whole.charge(kind, joules, source)
+
+    def miss(self, engine: str) -> None:
+        """It ran on an engine whose joules are not known."""
+        if engine not in self.unknown_engines:
+            self.unknown_engines = (*self.unknown_engines, engine)
+        if self._whole is not None:
+            self._whole.miss(engine)
+
+    def open(self, change: int) -> None:
+        """So many more requests of it are not settled."""
+        self.pending += change
+        if self._whole is not None:
+            self._whole.open(change)
+
+
+class Work:
+    """One request on one engine, from the moment it was sent there.
+
+    Attributes:
+        begin_s: when it was sent.
+        prefilled_s: when its first token came (or its prompt was computed), as far as known.
+        end_s: when its last byte came; None while it runs.
+        prefill_tokens: uncached prompt tokens, estimated until ``facts``.
+        output_tokens: what it generated; None until ``facts``.
+    """
+
+    __slots__ = (
+        "_exact",
+        "_streams",
+        "begin_s",
+        "claimed_steps",
+        "claimed_tokens",
+        "decodes",
+        "end_s",
+        "output_tokens",
+        "prefill_tokens",
+        "prefilled_s",
+        "tally",
+    )
+
+    def __init__(
+        self, tally: Tally, *, begin_s: float, prefill_tokens: int, decodes: bool, streams: bool
+    ) -> None:
+        """Record a request.
+
+        Args:
+            tally: charged for it.
+            begin_s: when it was sent.
+            prefill_tokens: uncached prompt tokens, as well as they are known.
+            decodes: it generates tokens, or only prefills.
+            streams: its first token will be seen (``first_token``).
+        """
+        self.tally = tally
+        self.begin_s = begin_s
+        self.prefilled_s: float | None = None
+        self.end_s: float | None = None
+        self.prefill_tokens = max(1, prefill_tokens)  # engines compute one token at least
+        self.output_tokens: int | None = None
+        self.decodes = decodes
+        self.claimed_tokens = 0.0
+        self.claimed_steps = 0.0
+        self._exact = False
+        self._streams = streams
+
+    def first_token(self, now_s: float) -> None:
+        """Its first token has come: its prompt is computed."""
+        if self.prefilled_s is None:
+            self.prefilled_s = now_s
+
+    def facts(self, *, prefill_tokens: int, output_tokens: int) -> None:
+        """The engine's own counts of it."""
+        self.prefill_tokens = max(1, prefill_tokens)
+        self.output_tokens = output_tokens
+        self._exact = True
+
+    def end(self, now_s: float) -> None:
+        """It is over, however."""
+        if self.end_s is None:
+            self.end_s = now_s
+
+    @property
+    def limit_tokens(self) -> float:
+        """The most uncached tokens it may turn out to have had."""
+        if self._exact:
+            return self.prefill_tokens
+        return max(2.0 * self.prefill_tokens, self.prefill_tokens + _SLACK_TOKENS)
+
+    @property
+    def shows_first_token(self) -> bool:
+        """Whether the end of its prefill is (or was) seen rather than inferred."""
+        return self._streams
+
+
+class Account:
+    """The joules of one engine.
+
+    Args:
+        opened_s: from when on it counts.
+
+    Attributes:
+        weights: relative cost of prefill and decode seconds.
+        total_j: everything that came in.
+    """
+
+    def __init__(self, *, opened_s: float) -> None:
+        self.weights: Weights = equal_weights
+        self.total_j = 0.0
+        self._by_kind: dict[tuple[Kind, str], float] = {}
+        self._works: dict[Work, None] = {}  # in order of arrival
+        self._settled_s = opened_s
+        #: Active joules whose steps have not been counted yet, over so many seconds.
+        self._carry_j = 0.0
+        self._carry_s = 0.0
+        self._carry_source = ""
+
+    # --- what runs ---------------------------------------------------------------------------
+    def begin(self, work: Work) -> None:
+        """A request was sent to the engine."""
+        self._works[work] = None
+        work.tally.open(1)
+
+    @property
+    def quiet(self) -> bool:
+        """No request was there since the last settlement, and nothing is left of earlier ones."""
+        return not self._works and not self._carry_j
+
+    @property
+    def pending_j(self) -> float:
+        """Joules that wait for their steps to be counted."""
+        return self._carry_j
+
+    def abandon(self, at_s: float) -> None:
+        """The engine is gone: what was pending will never be explained."""
+        self._drop_carry()
+        for work in list(self._works):
+            self._close(work)
+        self._settled_s = at_s
+
+    # --- settling ----------------------------------------------------------------------------
+    def settle(
+        self,
+        at_s: float,
+        *,
+        idle_j: float,
+        active_j: float,
+        lost_j: float,
+        steps: Steps,
+        source: str,
+        by_the_clock: bool,
+    ) -> None:
+        """Close the interval since the last settlement.
+
+        Args:
+            at_s: its end: when the engine's counters were asked for.
+            idle_j: what the engine draws with nothing running.
+            active_j: what it used beyond that.
+            lost_j: what cannot be attributed, for instance of a time nobody watched.
+            steps: what the engine counted meanwhile.
+            source: where the joules come from.
+            by_the_clock: they are what was drawn until ``at_s``, also for a step that had not
+                ended by then (boards); otherwise those of the counted steps (models).
+        """
+        self.total_j += idle_j + active_j + lost_j
+        self._book(Kind.IDLE, idle_j, source)
+        self._book(Kind.UNATTRIBUTED, lost_j, source)
+        if source != self._carry_source:
+            self._drop_carry()
+            self._carry_source = source
+        since_s, self._settled_s = self._settled_s, max(at_s, self._settled_s)
+        pool_j = self._carry_j + active_j
+        pool_s = self._carry_s + max(0.0, at_s - since_s)
+        share = self._explained(steps, at_s, pool_s if by_the_clock else 0.0)
+        explained_j = pool_j * share
+        self._carry_j, self._carry_s = pool_j - explained_j, pool_s * (1.0 - share)
+        prefill_w, decode_w = self.weights(steps)
+        prefill_part = prefill_w * steps.prefill_s
+        whole = prefill_part + decode_w * steps.decode_s
+        prefill_j = explained_j * prefill_part / whole if whole else 0.0
+        decode_j = explained_j - prefill_j if whole else 0.0
+        rest_j = explained_j - prefill_j - decode_j
+        rest_j += self._pay(Kind.PREFILL, prefill_j, self._prefill_claims(steps, since_s, at_s))
+        rest_j += self._pay(Kind.DECODE, decode_j, self._decode_claims(steps, since_s, at_s))
+        self._book(Kind.UNATTRIBUTED, rest_j, source)
+        for work in [w for w in self._works if w.end_s is not None and w.end_s <= at_s]:
+            self._close(work)
+
+    def _explained(self, steps: Steps, at_s: float, pool_s: float) -> float:
+        """The share of the pooled joules that the counted steps account for.
+
+        A step is counted when it ends: while a prompt is being computed, joules of a step that
+        is under way wait for it.
+        """
+        if not any(w.end_s is None or w.end_s > at_s for w in self._works):
+            return 1.0
+        if not steps.busy_s:
+            return 0.0
+        under_way = any(
+            w.prefilled_s is None and (w.end_s is None or w.end_s > at_s) for w in self._works
+        )
+        return min(1.0, steps.busy_s / pool_s) if under_way and pool_s else 1.0
+
+    def _prefill_claims(
+        self, steps: Steps, since_s: float, at_s: float
+    ) -> tuple[float, dict[Work, float]]:
+        """Tokens counted, and whose they were: first come, first served, as engines do it."""
+        counted = float(steps.prefill_tokens)
+        claims: dict[Work, float] = {}
+        here = [w for w in self._works if w.begin_s <= at_s]
+        done = [w for w in here if w.prefilled_s is not None and w.prefilled_s <= at_s]
+        left = counted
+        for work in done:  # all of its prompt has been counted by now
+            claim = max(0.0, work.prefill_tokens - work.claimed_tokens)
+            if claim and work.prefilled_s is not None and work.prefilled_s > since_s:
+                claims[work] = claim
+                left -= claim
+        for work in here:
+            if work in done:
+                continue
+            claim = min(max(0.0, work.prefill_tokens - work.claimed_tokens), max(0.0, left))
+            if claim:
+                claims[work] = claim
+                left -= claim
+        for work in here:  # estimates may have been short
+            in_prefill = work.prefilled_s is None or work.prefilled_s > since_s
+            if left > 0 and in_prefill:
+                claim = claims.get(work, 0.0)
+                more = min(left, max(0.0, work.limit_tokens - work.claimed_tokens - claim))
+                if more:
+                    claims[work] = claim + more
+                    left -= more
+        for work, claim in claims.items():
+            work.claimed_tokens += claim
+        self._infer_prefilled(here, claims, steps, since_s, at_s)
+        return counted, claims
+
+    @staticmethod
+    def _infer_prefilled(
+        here: list[Work], claims: dict[Work, float], steps: Steps, since_s: float, at_s: float
+    ) -> None:
+        """When the prompts of replies that are not streamed were computed: once counted."""
+        spent = 0.0
+        for work in here:
+            spent += claims.get(work, 0.0)
+            if work.prefilled_s is not None or work.shows_first_token:
+                continue
+            ended = work.end_s is not None and work.end_s <= at_s
+            if ended or work.claimed_tokens >= work.prefill_tokens:
+                share = min(1.0, spent / steps.prefill_tokens) if steps.prefill_tokens else 0.0
+                work.first_token(max(work.begin_s, since_s) + steps.prefill_s * share)
+            elif not steps.prefill_tokens and steps.decode_steps and work.begin_s < since_s:
+                # Engines prefill before they decode: who is still there has been prefilled.
+                work.first_token(since_s)
+
+    def _decode_claims(
+        self, steps: Steps, since_s: float, at_s: float
+    ) -> tuple[float, dict[Work, float]]:
+        """Request-steps counted, and who took part in them: who was there while they ran."""
+        claims: dict[Work, float] = {}
+        if not steps.decode_steps or not steps.decode_s:
+            return 0.0, claims
+        per_s = steps.decode_steps / steps.decode_s
+        for work in self._works:
+            if not work.decodes or work.prefilled_s is None:
+                continue
+            until_s = at_s if work.end_s is None else min(work.end_s, at_s)
+            there_s = until_s - max(work.prefilled_s, since_s)
+            if there_s <= 0:
+                continue
+            claim = min(float(steps.decode_steps), there_s * per_s)
+            if work.output_tokens is not None:
+                claim = min(claim, max(0.0, work.output_tokens - work.claimed_steps))
+            if claim:
+                claims[work] = claim
+                work.claimed_steps += claim
+        return max(steps.decode_batch_sum, float(steps.decode_steps)), claims
+
+    # --- booking -----------------------------------------------------------------------------
+    def _pay(
+        self, kind: Kind, joules: float, counted_and_claims: tuple[float, dict[Work, float]]
+    ) -> float:
+        """Charge the claims their share of ``joules``; returns what nobody claimed."""
+        counted, claims = counted_and_claims
+        claimed = math.fsum(claims.values())
+        if not joules or not claimed:
+            return joules
+        per_unit_j = joules / max(counted, claimed)
+        paid_j = 0.0
+        for work, claim in claims.items():
+            share_j = per_unit_j * claim
+            work.tally.charge(kind, share_j, self._carry_source)
+            paid_j += share_j
+        paid_j = min(paid_j, joules) if claimed < counted else joules
+        self._book(kind, paid_j, self._carry_source)
+        return joules - paid_j
+
+    def _book(self, kind: Kind, joules: float, source: str) -> None:
+        if joules:
+            key = (kind, source)
+            self._by_kind[key] = self._by_kind.get(key, 0.0) + joules
+
+    def _drop_carry(self) -> None:
+        self._book(Kind.UNATTRIBUTED, self._carry_j, self._carry_source)
+        self._carry_j = self._carry_s = 0.0
+
+    def _close(self, work: Work) -> None:
+        del self._works[work]
+        work.tally.open(-1)
+
+    # --- looking -----------------------------------------------------------------------------
+    def joules(self, kind: Kind) -> float:
+        """Joules of one kind so far, of every source."""
+        return math.fsum(j for (k, _), j in self._by_kind.items() if k is kind)
+
+    def booked(self) -> Iterator[tuple[Kind, str, float]]:
+        """Every kind and source, with its joules."""
+        for (kind, source), joules in self._by_kind.items():
+            yield kind, source, joules
+
+    def check_invariants(self) -> None:
+        """Whether every joule is somewhere.
+
+        Raises:
+            InvariantError: it is not.
+        """
+        parts = [*self._by_kind.values(), self._carry_j]
+        if abs(math.fsum(parts) - self.total_j) > _TOLERANCE * max(1.0, self.total_j):
+            raise InvariantError(f"{self.total_j} J came in, {math.fsum(parts)} J are accounted")
+        if min(parts, default=0.0) < -_TOLERANCE * max(1.0, self.total_j):
+            raise InvariantError(f"negative joules: {self._by_kind}, pending {self._carry_j}")
