@@ -6,7 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-openai2 check lint types contracts bench clean
+SGLANG := .venv-sglang
+
+.PHONY: help setup demo test test-slow test-openai2 test-sglang check lint types contracts bench clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -28,7 +30,7 @@ demo: setup
 	@$(BIN)/conserve demo
 
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -m "not slow and not sglang"
 
 test-slow: setup
 	@$(BIN)/python -m pytest -q -m slow
@@ -39,6 +41,24 @@ test-openai2: setup
 	@$(VENV)-openai2/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints-openai2.txt -e . 'openai>=2.45,<3' hypothesis pytest pytest-asyncio
 	@$(VENV)-openai2/bin/python -m pytest -q tests/client
+
+# Real SGLang on the CPU, in an environment of its own; tests/sglang/README.md says what it is.
+# torch first and with what it needs (on some machines that is CUDA libraries); then the complete
+# list, as it is. The page hashes are compiled here, where no engine waits for them.
+$(SGLANG)/.ready: constraints-sglang.txt pyproject.toml
+	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	@echo "installing SGLang into $(SGLANG) (some minutes the first time) ..."
+	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  $$(grep '^torch==' constraints-sglang.txt)
+	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  -r constraints-sglang.txt -e .
+	@TORCH_EXTENSIONS_DIR=$(CURDIR)/$(SGLANG)/extensions $(SGLANG)/bin/python -c 'from sglang.srt.mem_cache.cpp_utils \
+	  import native_hash; native_hash.get_native_hash([1], None)' 2>$(SGLANG)/extensions.log \
+	  || echo "no C++ compiler: page hashes in Python instead ($(SGLANG)/extensions.log)"
+	@touch $@
+
+test-sglang: setup $(SGLANG)/.ready
+	@$(BIN)/python -m pytest -q -m sglang
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -57,4 +77,4 @@ bench: setup
 	@$(BIN)/python benchmarks/gateway_overhead/run.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-openai2 .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf $(VENV) $(VENV)-openai2 $(SGLANG) .mypy_cache .ruff_cache .pytest_cache .hypothesis out
