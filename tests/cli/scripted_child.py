@@ -30,9 +30,11 @@ from pathlib import Path
 def main(argv: list[str]) -> None:
     port, behaviours = int(argv[1]), argv[2:]
     ids = next((b.partition("=")[2] for b in behaviours if b.startswith("cluster=")), "")
-    # A pipe: the signal may come while the main thread holds any of the interpreter's locks.
+    # A wake-up pipe: the signal may come to any thread, at any time, and the main one waits.
     until_done, done = os.pipe()
-    signal.signal(signal.SIGTERM, lambda *_: os.write(done, b"!"))
+    os.set_blocking(done, False)
+    signal.set_wakeup_fd(done)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server = None
     for behaviour in behaviours:
         name, _, value = behaviour.partition("=")
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> None:
         elif name == "mute":
             os.read(until_done, 1)
         elif name == "ignore-term":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the pipe does not hear either
         elif name == "ready":
             server = serve(port, ids.split(",") if ids else [])
             say(json.dumps({"ready": True, "port": server.server_address[1]}))

@@ -24,19 +24,21 @@ from typing import Final
 _PR_SET_PDEATHSIG: Final = 1
 
 
-def _die_with_parent() -> None:
-    """In the program, before it runs: should the guard itself be killed, it goes too (Linux)."""
+def _before_it_runs() -> None:
+    """In the program: hear SIGTERM; and go, should the guard itself be killed (Linux)."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(argv: list[str]) -> int:
     """Run ``argv`` until it ends or the leash does. Returns the exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a thread waits for it
     program = subprocess.Popen(  # noqa: S603 - what our own launcher wants started
         argv,
         stdin=subprocess.DEVNULL,
         process_group=0,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads yet
+        preexec_fn=_before_it_runs,  # noqa: PLW1509 - no threads yet
     )
 
     def kill_group() -> None:
@@ -48,8 +50,14 @@ def main(argv: list[str]) -> int:
             pass
         kill_group()
 
-    signal.signal(signal.SIGTERM, lambda *_: program.send_signal(signal.SIGTERM))
+    def pass_on_terms() -> None:
+        while True:
+            signal.sigwait({signal.SIGTERM})
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(program.pid, signal.SIGTERM)
+
     threading.Thread(target=hold_leash, daemon=True).start()
+    threading.Thread(target=pass_on_terms, daemon=True).start()
     # Not reaped yet, so the group's number cannot have become somebody else's.
     os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)
     kill_group()
