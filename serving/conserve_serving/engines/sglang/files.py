@@ -66,6 +66,7 @@ class PageFiles:
         unclaimed_age_s: the same for pages that belong to no conversation.
         grace_s: what is younger is never removed to make room.
         clock: seconds since the epoch, as the file system stamps them.
+        link, rename: what the file system is asked to do; a test's fail or come too late.
 
     Raises:
         OSError: the folder cannot be made.
@@ -81,6 +82,8 @@ class PageFiles:
         unclaimed_age_s: float,
         grace_s: float,
         clock: Callable[[], float],
+        link: Callable[[Path, Path], None] = os.link,
+        rename: Callable[[Path, Path], object] = Path.replace,
     ) -> None:
         self.folder = folder
         self._shard = shard
@@ -89,6 +92,7 @@ class PageFiles:
         self._unclaimed_age_s = unclaimed_age_s
         self._grace_s = grace_s
         self._clock = clock
+        self._link, self._rename = link, rename
         self._pages = folder / "pages"
         self._conversations = folder / "conversations"
         self._drafts = folder / "drafts"
@@ -126,7 +130,7 @@ class PageFiles:
                 while left:
                     left = left[file.write(left) :]
             path.parent.mkdir(exist_ok=True)
-            draft.replace(path)
+            self._rename(draft, path)
         except OSError as error:
             draft.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -168,10 +172,10 @@ class PageFiles:
             link = home / page.name
             try:
                 with contextlib.suppress(FileExistsError):
-                    os.link(page, link)
+                    self._link(page, link)
                 if not page.exists():  # its last owner ended in this moment: bring it back
                     with contextlib.suppress(FileExistsError):
-                        os.link(link, page)
+                        self._link(link, page)
             except FileNotFoundError:
                 missing.append(key)
         return missing
