@@ -81,17 +81,27 @@ class Tally:
     Attributes:
         prefill_j, decode_j: what it has been charged so far; idle shares are nobody's.
         sources: where the figures come from.
+        metered: it ran where joules are known.
         unknown_engines: engines it ran on whose joules are not known.
         pending: requests of it whose last interval is not settled.
     """
 
-    __slots__ = ("_whole", "decode_j", "pending", "prefill_j", "sources", "unknown_engines")
+    __slots__ = (
+        "_whole",
+        "decode_j",
+        "metered",
+        "pending",
+        "prefill_j",
+        "sources",
+        "unknown_engines",
+    )
 
     def __init__(self, whole: Tally | None = None) -> None:
         """Args: the conversation's tally, when this one is a turn's; it is charged as well."""
         self._whole = whole
         self.prefill_j = 0.0
         self.decode_j = 0.0
+        self.metered = False
         self.sources: tuple[str, ...] = ()
         self.unknown_engines: tuple[str, ...] = ()
         self.pending = 0
@@ -102,13 +112,13 @@ class Tally:
         return self.prefill_j + self.decode_j
 
     def describe(self) -> dict[str, object] | None:
-        """As JSON; None where none of its requests is known."""
-        if not (self.sources or self.unknown_engines or self.pending):
+        """As JSON; None before its first request."""
+        if not (self.metered or self.unknown_engines):
             return None
         return {
-            "total_j": self.total_j if self.sources else None,
-            "prefill_j": self.prefill_j if self.sources else None,
-            "decode_j": self.decode_j if self.sources else None,
+            "total_j": self.total_j if self.metered else None,
+            "prefill_j": self.prefill_j if self.metered else None,
+            "decode_j": self.decode_j if self.metered else None,
             "source": "; ".join(self.sources) or None,
             "settled": not self.pending,
             "unknown_engines": list(self.unknown_engines),
@@ -134,6 +144,7 @@ class Tally:
 
     def open(self, change: int) -> None:
         """So many more requests of it are not settled."""
+        self.metered = True
         self.pending += change
         if self._whole is not None:
             self._whole.open(change)

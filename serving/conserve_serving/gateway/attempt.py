@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from conserve_serving.core.decisions import Place
 from conserve_serving.core.events import PrefillFinished, TurnFinished
+from conserve_serving.energy.ledger import Work
 from conserve_serving.engines.http import Response
 from conserve_serving.engines.http_errors import EngineHttpError
 from conserve_serving.engines.splice import splice
@@ -69,6 +70,7 @@ class Attempt:
         self._rid = f"{turn.id}-{place.plan}"
         self._overhead_s = 0.0
         self._local_prefill = False
+        self._work: Work | None = None
 
     async def run(self) -> None:
         """Carry the plan out to the end of the response.
@@ -99,6 +101,13 @@ class Attempt:
         body = splice(request.body, fields)
         self.decoding = True
         decoder.turn_started(tokens)
+        self._work = gateway.energy.begin(
+            decoder,
+            turn.energy,
+            prefill_tokens=tokens - self._expected_cached_tokens(),
+            decodes=True,
+            streams=request.stream,
+        )
         self._local_prefill = not self.handed_over
         if self._local_prefill:
             decoder.mixed.prefill_started()
@@ -116,6 +125,7 @@ class Attempt:
             else:
                 await self._reply(response)
         finally:
+            self._work.end(gateway.energy.now_s())
             decoder.turn_ended(tokens)
             decoder.mixed.stream_ended(self)
             if self._local_prefill:
@@ -125,6 +135,13 @@ class Attempt:
                     response.close()
                 if not self.finished:
                     gateway.abort_upstream(decoder, self._rid)
+
+    def _expected_cached_tokens(self) -> int:
+        """Whole pages of the prompt that the decoder should find."""
+        if self.place.prefiller is not None and not self.handed_over:
+            return 0
+        page_tokens = self.decoder.page_tokens
+        return self.place.expected_cached_tokens // page_tokens * page_tokens
 
     def _fields(self, session: str | None) -> tuple[dict[str, object], bool]:
         """What is added to the client's body, and whether the usage event is ours to remove."""
@@ -228,6 +245,8 @@ class Attempt:
     def _first_token(self, now_s: float) -> None:
         turn = self._turn
         turn.first_byte(now_s)
+        if self._work is not None:
+            self._work.first_token(turn.gateway.energy.now_s())
         if self._local_prefill:
             self._local_prefill = False
             uncached = max(0, turn.prompt_tokens - self.place.expected_cached_tokens)
@@ -251,6 +270,10 @@ class Attempt:
                 prompt_tokens=turn.prompt_tokens, output_tokens=events, cached_tokens=None
             )
         cached = usage.cached_tokens
+        if cached is not None and self._work is not None:
+            self._work.facts(
+                prefill_tokens=usage.prompt_tokens - cached, output_tokens=usage.output_tokens
+            )
         if cached is None:  # the engine does not tell: nothing can be checked
             cached = min(self.place.expected_cached_tokens, usage.prompt_tokens)
             gateway.warn_no_cache_report(self.decoder)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from conserve_serving.core.types import ConversationId
+from conserve_serving.energy.ledger import Tally
 from conserve_serving.gateway.identity import Tags, scoped
 from conserve_serving.gateway.lineage import PrefixMark, Relation
 from conserve_serving.gateway.request import DEFAULT_BYTES_PER_TOKEN, TurnRequest
@@ -32,11 +33,12 @@ class TurnSummary(NamedTuple):
     cached_tokens: int
     ttft_s: float | None
     duration_s: float
+    energy: Tally
 
     def describe(self) -> dict[str, Any]:
         """The turn as JSON."""
         fields = self._asdict()
-        return {"index": fields.pop("number"), **fields}
+        return {"index": fields.pop("number"), **fields, "energy": self.energy.describe()}
 
 
 class Usage(NamedTuple):
@@ -58,8 +60,10 @@ class Conversation:
         "created_s",
         "decoder",
         "ended",
+        "energy",
         "first_turn_tokens",
         "id",
+        "in_store",
         "key",
         "last_active_s",
         "last_prompt_tokens",
@@ -98,6 +102,7 @@ class Conversation:
         self.ended = False
         self.phase = "idle"
         self.parked = False
+        self.in_store = False
         self.running = 0
         self.turns = 0  # highest turn index that finished
         self.turn_ids: dict[str, int] | None = None
@@ -118,6 +123,7 @@ class Conversation:
         self.output_tokens = 0
         self.cached_tokens = 0
         self.shortfall_tokens = 0
+        self.energy = Tally()
         self.recent: deque[TurnSummary] | None = None
 
     # --- turns -------------------------------------------------------------------------------
@@ -197,6 +203,7 @@ class Conversation:
             "output_tokens": self.output_tokens,
             "cached_tokens": self.cached_tokens,
             "cached_token_shortfall_tokens": self.shortfall_tokens,
+            "energy": self.energy.describe(),
             "age_s": round(now_s - self.created_s, 3),
             "idle_s": 0.0 if self.running else round(now_s - self.last_active_s, 3),
             "recent_turns": [turn.describe() for turn in self.recent or ()],

@@ -26,17 +26,28 @@ class Engine:
     Attributes:
         state: ``joining``, ``ready``, ``draining``, ``lost`` or ``unfit``.
         note: why it does not serve, for people.
+        gpus: GPUs of this machine it runs on, by number or UUID, where that is known.
+        energy_j, energy_source, model_time_s: an emulated engine's own figures.
         active_tokens: context of the turns the gateway runs there, estimated.
         ended_tokens, ended: the same of the turns that ended since the last report.
         last_byte_s: when it last answered anything (wall).
     """
 
-    def __init__(self, id: EngineId, url: str, section: TierSection, client: EngineClient) -> None:
+    def __init__(
+        self,
+        id: EngineId,
+        url: str,
+        section: TierSection,
+        client: EngineClient,
+        *,
+        gpus: tuple[str, ...] = (),
+    ) -> None:
         self.id = id
         self.url = url
         self.tier: Tier = section.role
         self.section = section
         self.client = client
+        self.gpus = gpus
         self.state = "joining"
         self.note: str | None = None
         self.epoch = 0
@@ -63,6 +74,11 @@ class Engine:
     def serving(self) -> bool:
         """Whether it may be sent turns."""
         return self.state in ("ready", "draining")
+
+    @property
+    def has_store(self) -> bool:
+        """Whether it runs our hand-off store and plug-in."""
+        return self.description is not None and self.description.handoff_role is not None
 
     def turn_started(self, context_tokens: int) -> None:
         """A turn with this much context was sent there."""

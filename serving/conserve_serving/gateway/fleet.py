@@ -26,6 +26,7 @@ from conserve_serving.engines.client import EngineClient
 from conserve_serving.engines.client_types import EngineDescription, step_delta
 from conserve_serving.engines.http_errors import ConnectFailed, EngineHttpError
 from conserve_serving.gateway.config import GatewaySection, TierSection
+from conserve_serving.gateway.energy import EnergyBook
 from conserve_serving.gateway.engine import Engine, priors
 from conserve_serving.gateway.errors import EngineUnfitError
 from conserve_serving.gateway.observe import MixedSteps
@@ -39,10 +40,10 @@ class Fleet:
     Args:
         settings: intervals and limits.
         emit: takes events for the scheduler.
+        energy: told of engines that join or are lost, and of what they count.
         make_client: a client for an engine's URL.
         wall: wall seconds, monotonic.
         on_speed: told the cluster's speed factor when the first engine joins.
-        on_lost: told of each engine that is lost.
     """
 
     def __init__(
@@ -50,17 +51,17 @@ class Fleet:
         settings: GatewaySection,
         *,
         emit: Callable[[Event], None],
+        energy: EnergyBook,
         make_client: Callable[[str], EngineClient],
         wall: Callable[[], float],
         on_speed: Callable[[float], None],
-        on_lost: Callable[[Engine], None],
     ) -> None:
         self._settings = settings
         self._emit = emit
+        self._energy = energy
         self._make_client = make_client
         self._wall = wall
         self._on_speed = on_speed
-        self._on_lost = on_lost
         self._engines: dict[str, Engine] = {}
         self._epochs: dict[str, int] = {}
         self.speed: float | None = None
@@ -91,15 +92,21 @@ class Fleet:
         await self._changed.wait()
 
     # --- coming and going --------------------------------------------------------------------
-    def add(self, id: str, url: str, section: TierSection) -> Engine:
+    def add(self, id: str, url: str, section: TierSection, *, gpus: tuple[str, ...] = ()) -> Engine:
         """Watch an engine from now on; one of the same id is replaced.
+
+        Args:
+            id: its id.
+            url: ``http://host:port``.
+            section: the tier it belongs to.
+            gpus: GPUs of this machine it runs on, where that is known.
 
         Raises:
             ValueError: the URL is not of the form ``http://host:port``.
         """
         client = self._make_client(url)
         self.remove(id)
-        engine = Engine(EngineId(id), url, section, client)
+        engine = Engine(EngineId(id), url, section, client, gpus=gpus)
         self._engines[id] = engine
         engine.watcher = asyncio.create_task(self._watch(engine), name=f"watch {id}")
         return engine
@@ -187,11 +194,16 @@ class Fleet:
         self._join(engine, description)
 
     def _check_fit(self, engine: Engine, description: EngineDescription) -> None:
-        wanted = engine.section.model
+        wanted = engine.section.served_name
         if wanted is not None and wanted != description.model:
             raise EngineUnfitError(
                 f"engine {engine.id} serves {description.model!r}, its tier says {wanted!r}: "
                 "correct tiers.model or start the engine with --served-model-name"
+            )
+        if engine.tier is Tier.PREFILL and description.handoff_role == "decode":
+            raise EngineUnfitError(
+                f"engine {engine.id} is a prefiller and its hand-off store only reads (role "
+                "'decode'): start it with role 'prefill'"
             )
         for other in self:
             theirs = other.description
@@ -229,6 +241,7 @@ class Fleet:
         if host is None:
             host = emulated.host_capacity_tokens if emulated is not None else 0
         engine.last_byte_s = self._wall()
+        self._energy.joined(engine)
         self._set_state(engine, "ready")
         self._emit(
             EngineJoined(
@@ -256,11 +269,11 @@ class Fleet:
 
     async def _probe(self, engine: Engine) -> None:
         """Read an engine's loads and occupancy; lose it when it is gone or has restarted."""
-        epoch = engine.epoch
+        epoch, asked_s = engine.epoch, self._energy.now_s()
         try:
             loads = await engine.client.loads()
-            occupancy = await engine.client.occupancy()
             extension = await engine.client.extension() if engine.energy_j is not None else None
+            occupancy = await engine.client.occupancy()
         except EngineHttpError as error:
             if engine.serving and engine.epoch == epoch:
                 self._miss(engine, error)
@@ -278,6 +291,7 @@ class Fleet:
             return
         steps = None
         if delta is not None:
+            self._energy.reported(engine, asked_s, delta, extension)
             mean_tokens = engine.take_mean_context_tokens()
             steps = dataclasses.replace(
                 delta.times, decode_kv_tokens=int(delta.decode_batch_sum * mean_tokens)
@@ -326,9 +340,9 @@ class Fleet:
         engine.note = why
         engine.occupancy = None
         engine.mixed = MixedSteps()
+        self._energy.lost(engine)
         self._set_state(engine, "lost")
         self._emit(EngineLost(engine=engine.id, epoch=engine.epoch))
-        self._on_lost(engine)
 
     def _take_extension(self, engine: Engine, description: EngineDescription) -> None:
         emulated = description.emulated

@@ -19,11 +19,14 @@ from conserve_serving.core.events import ConversationEnded
 from conserve_serving.core.policies import Collocated, RoundRobin, make_policy
 from conserve_serving.core.scheduler import Scheduler
 from conserve_serving.core.types import Reason, Tier, TurnId
+from conserve_serving.energy.nvml import Nvml, load_nvml
+from conserve_serving.energy.sampler import Sampler
 from conserve_serving.engines.client import EngineClient
 from conserve_serving.engines.http import HttpPool
 from conserve_serving.engines.http_errors import EngineHttpError
 from conserve_serving.gateway.config import Config
 from conserve_serving.gateway.conversations import Conversation, Conversations, Usage
+from conserve_serving.gateway.energy import EnergyBook
 from conserve_serving.gateway.engine import Engine
 from conserve_serving.gateway.errors import (
     ConfigError,
@@ -57,6 +60,7 @@ class Gateway:
         wall: wall seconds, monotonic.
         make_client: an engine client for a URL; the real one by default.
         token: random text for ids that nobody must guess.
+        open_nvml: NVIDIA's module, or what stands in for it.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Gateway:
         wall: Callable[[], float] = time.monotonic,
         make_client: Callable[[str], EngineClient] | None = None,
         token: Callable[[], str] = lambda: secrets.token_hex(12),
+        open_nvml: Callable[[], Nvml] = load_nvml,
     ) -> None:
         settings, identity = config.gateway, config.identity
         self.config = config
@@ -85,15 +90,19 @@ class Gateway:
             on_residency=self._carry_out,
             journal=_open_journal(settings.decision_journal),
         )
+        self.energy = EnergyBook(
+            clock=self.runtime.clock.now_s,
+            sampler=Sampler(open_nvml, period_s=settings.energy_period_s),
+        )
         self.fleet = Fleet(
             settings,
             emit=self.runtime.handle,
+            energy=self.energy,
             make_client=make_client or self._make_client,
             wall=wall,
             on_speed=self.runtime.clock.set_speed,
-            on_lost=lambda engine: self.handoffs.forget_engine(engine.id),
         )
-        self.handoffs = Handoffs(wall)
+        self.handoffs = Handoffs()
         self.sessions = Sessions(
             engine_of=self.fleet.get,
             background=self.background,
@@ -139,10 +148,11 @@ class Gateway:
         taken: dict[str, int] = {}
         for tier in self.config.tiers:
             prefix = tier.name or ("p" if tier.role is Tier.PREFILL else "d")
-            for url in tier.urls:
+            rows = tier.gpus or ((),) * len(tier.urls)
+            for url, gpus in zip(tier.urls, rows, strict=True):
                 number = taken.get(prefix, 0)
                 taken[prefix] = number + 1
-                self.fleet.add(f"{prefix}{number}", url, tier)
+                self.fleet.add(f"{prefix}{number}", url, tier, gpus=gpus)
         self._watcher = asyncio.create_task(self._watch_turns(), name="watch turns")
 
     async def drain(self, timeout_s: float) -> bool:
@@ -166,6 +176,7 @@ class Gateway:
         await self.background.join(timeout_s=1.0)
         await self.fleet.close()
         self.runtime.close()
+        self.energy.close()
 
     async def _watch_turns(self) -> None:
         limit_s = self.config.gateway.stall_timeout_s
@@ -310,22 +321,33 @@ class Gateway:
         self.runtime.handle(ConversationEnded(conversation=conversation.key))
         if self._lineage is not None:
             self._lineage.forget(conversation.key)
+        self.if_over(conversation)
+
+    def if_over(self, conversation: Conversation) -> None:
+        """Once a conversation has ended and none of its turns runs: clear the store."""
+        if conversation.ended and not conversation.running:
+            self.sessions.end(conversation, self.fleet.serving())
 
     def _forgotten(self, conversation: Conversation) -> None:
         """Memory is full: what nobody remembers must not hold KV."""
         self.runtime.handle(ConversationEnded(conversation=conversation.key))
-        self.sessions.close(conversation)
+        if conversation.session is not None:
+            self.sessions.release(conversation, conversation.session[0])
+        self.sessions.end(conversation, self.fleet.serving())
 
     def _carry_out(self, decision: Park | Release) -> None:
         conversation = self.conversations.get(decision.conversation)
         if conversation is None:
             return
-        if conversation.session is not None and conversation.session[0] == decision.engine:
-            self.sessions.close(conversation)
         if isinstance(decision, Park):
+            if conversation.session is not None and conversation.session[0] == decision.engine:
+                self.sessions.close(conversation)
             conversation.parked = True
-        elif decision.reason is Reason.CONVERSATION_EXPIRED and not conversation.running:
+            return
+        self.sessions.release(conversation, decision.engine)
+        if decision.reason is Reason.CONVERSATION_EXPIRED and not conversation.running:
             self.conversations.end(conversation)
+            self.if_over(conversation)
 
     # --- engines -----------------------------------------------------------------------------
     def missing(self) -> str | None:

@@ -23,6 +23,7 @@ from conserve_serving.engines.pages import last_page_key
 from conserve_serving.gateway.engine import Engine
 from conserve_serving.gateway.errors import InvalidRequestError, nested_too_deeply
 from conserve_serving.gateway.request import Api, TurnRequest
+from conserve_serving.gateway.sessions import session_id
 
 if TYPE_CHECKING:
     from conserve_serving.gateway.turn import Turn
@@ -79,6 +80,7 @@ async def hand_over(turn: Turn, place: Place, decoder: Engine) -> bool:
     gateway = turn.gateway
     opening = asyncio.ensure_future(gateway.sessions.ensure(turn.conversation, decoder))
     opening.add_done_callback(_consume)
+    turn.conversation.in_store = True
     fallback: Fallback | None = None
     moved_tokens, duration_s = 0, 0.0
     try:
@@ -134,7 +136,8 @@ async def _move(turn: Turn, place: Place) -> tuple[int, float, Fallback | None]:
     finally:
         gateway.handoffs.release(key)
     if ack.error is not None:
-        return 0, 0.0, Fallback.STORE_FULL
+        full = ack.error == Fallback.STORE_FULL
+        return 0, 0.0, Fallback.STORE_FULL if full else Fallback.PARTIAL_PAGES
     whole_pages = len(ids) // prefiller.page_tokens * prefiller.page_tokens
     if ack.tokens < whole_pages:
         return 0, 0.0, Fallback.PARTIAL_PAGES
@@ -148,13 +151,18 @@ async def _prefill(turn: Turn, place: Place, prefiller: Engine, ids: list[int]) 
     gateway = turn.gateway
     rid = f"{turn.id}-{place.plan}-p"
     prefiller.running += 1
+    work = gateway.energy.begin(
+        prefiller, turn.energy, prefill_tokens=len(ids), decodes=False, streams=False
+    )
     try:
-        await prefiller.client.prefill(
+        done = await prefiller.client.prefill(
             ids,
             rid=rid,
+            conversation=session_id(turn.conversation.key),
             priority=prefiller.priority(place.priority),
             timeout_s=gateway.config.gateway.stall_timeout_s,
         )
+        work.facts(prefill_tokens=done.prompt_tokens - done.cached_tokens, output_tokens=0)
     except asyncio.CancelledError:
         gateway.abort_upstream(prefiller, rid)
         raise
@@ -165,6 +173,7 @@ async def _prefill(turn: Turn, place: Place, prefiller: Engine, ids: list[int]) 
         await gateway.fleet.suspect(prefiller)
         return False
     finally:
+        work.end(gateway.energy.now_s())
         prefiller.running -= 1
     return True
 

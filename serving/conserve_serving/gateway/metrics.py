@@ -21,6 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from conserve_serving.gateway.lineage import Relation
+from conserve_serving.gateway.views import kv_drift_tokens
 
 if TYPE_CHECKING:
     from conserve_serving.gateway.gateway import Gateway
@@ -124,11 +125,17 @@ class _GatewayCollector(Collector):
         yield _gauge("open_conversations", "Open conversations", gateway.conversations.open_count)
         yield _gauge("live_turns", "Turns arrived and not closed", gateway.runtime.live_turns)
         yield from self._engines()
+        yield self._joules()
 
     def _engines(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("conserve_engine_up", "Whether it serves", labels=["engine", "tier"])
         held = GaugeMetricFamily(
             "conserve_engine_kv_tokens", "KV tokens", labels=["engine", "tier", "kind"]
+        )
+        drift = GaugeMetricFamily(
+            "conserve_engine_kv_drift_tokens",
+            "KV the engine reports beyond what the ledger says is resident",
+            labels=["engine", "tier"],
         )
         states = self._gateway.runtime.scheduler.engines
         for engine in self._gateway.fleet:
@@ -139,8 +146,22 @@ class _GatewayCollector(Collector):
                 held.add_metric([*labels, "held"], state.held_tokens)
                 held.add_metric([*labels, "parked"], state.parked_tokens)
                 held.add_metric([*labels, "capacity"], state.capacity_tokens)
+            drifted = kv_drift_tokens(self._gateway, engine)
+            if drifted is not None:
+                drift.add_metric(labels, drifted)
         yield up
         yield held
+        yield drift
+
+    def _joules(self) -> Metric:
+        family = CounterMetricFamily(
+            "conserve_energy_joules",
+            "Joules of engines, by what they were used for; those not attributed yet are left out",
+            labels=["engine", "tier", "kind", "source"],
+        )
+        for engine, tier, kind, source, joules in self._gateway.energy.booked():
+            family.add_metric([engine, tier, kind.value, source], joules)
+        return family
 
 
 def _counter(name: str, text: str, label: str, counts: Mapping[Any, int]) -> Metric:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from conserve_serving.core.decisions import CloseTurn, Hold, Place, Reject
 from conserve_serving.core.events import TurnAborted, TurnArrived, TurnFailed
 from conserve_serving.core.types import EngineId, Outcome, Reason, TurnId
+from conserve_serving.energy.ledger import Tally
 from conserve_serving.engines.http_errors import EngineHttpError, ResponseTimeout
 from conserve_serving.gateway.attempt import Attempt, EngineAnsweredError
 from conserve_serving.gateway.conversations import Conversation, TurnSummary, Usage
@@ -60,6 +61,7 @@ class Turn:
         ids: the prompt's token ids, once they are known.
         prompt_tokens: its length, estimated until ``ids`` are known.
         waited_s: time spent waiting for others: not the gateway's own.
+        energy: what it is charged, retries included.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Turn:
         self.prompt_tokens = 0
         self.arrived_s = arrived_s
         self.waited_s = 0.0
+        self.energy = Tally(conversation.energy)
         self._relation = relation
         self._kept_bytes = kept_bytes
         self._ttft_s: float | None = None
@@ -367,6 +370,7 @@ class Turn:
         if not conversation.running:
             conversation.phase = "idle"
         gateway.conversations.touch(conversation)
+        gateway.if_over(conversation)
         if not self._noted:
             if self._gone:
                 self._outcome = Outcome.ABORTED
@@ -391,5 +395,6 @@ class Turn:
                 cached_tokens=cached_tokens,
                 ttft_s=self._ttft_s,
                 duration_s=self.gateway.wall() - self.arrived_s,
+                energy=self.energy,
             ),
         )

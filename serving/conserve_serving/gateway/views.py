@@ -56,6 +56,19 @@ def describe_cluster(gateway: Gateway) -> dict[str, Any]:
     }
 
 
+def kv_drift_tokens(gateway: Gateway, engine: Engine) -> int | None:
+    """KV an engine says it holds beyond what the ledger knows of; None before it has said so.
+
+    Positive: ended conversations or others' prompts it has not evicted yet (harmless: evicted on
+    demand). Negative for long: it has lost KV of open conversations. While turns run, their
+    prompts under way are in one figure and not in the other.
+    """
+    state = gateway.runtime.scheduler.engines.get(engine.id)
+    if state is None or engine.occupancy is None:
+        return None
+    return engine.occupancy.kv_held_tokens - state.resident_tokens
+
+
 def describe_engine(gateway: Gateway, engine: Engine) -> dict[str, Any]:
     """One engine: what it is, what the ledger and its own reports say of it."""
     state = gateway.runtime.scheduler.engines.get(engine.id)
@@ -84,6 +97,7 @@ def describe_engine(gateway: Gateway, engine: Engine) -> dict[str, Any]:
         "page_tokens": engine.page_tokens,
         "kv_held_tokens": state.held_tokens if state is not None else 0,
         "kv_reported_tokens": occupancy.kv_held_tokens if occupancy is not None else None,
+        "kv_drift_tokens": kv_drift_tokens(gateway, engine),
         "kv_capacity_tokens": description.kv_capacity_tokens if description is not None else 0,
         "max_context_tokens": description.max_context_tokens if description is not None else 0,
         "parked_tokens": state.parked_tokens if state is not None else 0,
@@ -93,7 +107,6 @@ def describe_engine(gateway: Gateway, engine: Engine) -> dict[str, Any]:
         "turns": engine.running,
         "conversations": state.conversations if state is not None else 0,
         "learned": learned,
-        "energy_j": engine.energy_j,
-        "energy_source": engine.energy_source,
+        **gateway.energy.describe(engine),
         "model_time_s": engine.model_time_s,
     }
