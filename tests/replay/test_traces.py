@@ -17,6 +17,7 @@ from conserve_serving.replay.workload import (
     Caps,
     poisson_arrivals,
     recorded_arrivals,
+    scaled,
     select,
 )
 
@@ -245,6 +246,45 @@ def test_caps_cut_and_say_so() -> None:
     assert workload.turns_cut == 3
     assert workload.gaps_shortened == 5
     assert {t.gap_s for c in workload.conversations for t in c.turns} == {10.0}
+
+
+@given(
+    counts=st.lists(
+        st.tuples(st.integers(1, 9000), st.integers(1, 3000), st.floats(0, 1)),
+        min_size=1,
+        max_size=6,
+    ),
+    factor=st.floats(0.001, 3.0),
+)
+def test_scaled_conversations_keep_their_shape(
+    counts: list[tuple[int, int, float]], factor: float
+) -> None:
+    turns: list[Turn] = []
+    for new, output, share in counts:
+        context = turns[-1].context_tokens if turns else 0
+        kept = context if share > 0.5 else int(context * share)
+        turns.append(Turn(input_tokens=kept + new, new_input_tokens=new, output_tokens=output))
+    small = scaled(Conversation(id="a", turns=tuple(turns)), factor).turns
+    assert len(small) == len(turns)
+    context = 0
+    for turn, one in zip(turns, small, strict=True):
+        assert one.new_input_tokens == max(1, round(turn.new_input_tokens * factor))
+        assert one.output_tokens == max(1, round(turn.output_tokens * factor))
+        assert 0 <= one.kept_tokens <= context
+        context = one.context_tokens
+    for before, after, small_before, small_after in zip(
+        turns, turns[1:], small, small[1:], strict=False
+    ):
+        if after.kept_tokens == before.context_tokens:
+            assert small_after.kept_tokens == small_before.context_tokens
+
+
+def test_a_scaled_workload_fits_where_the_trace_did_not_and_says_so() -> None:
+    huge = conversation("huge", 5000)
+    workload = select([huge], Caps(max_context_tokens=1000, scale=0.1), name="t")
+    assert workload.scale == 0.1
+    assert workload.dropped_by_context == 0
+    assert workload.conversations[0].turns[0].input_tokens == 500
 
 
 def test_nothing_left_is_an_error() -> None:

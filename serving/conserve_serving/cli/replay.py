@@ -55,6 +55,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--conversations", type=_AT_LEAST_ONE, help="The trace's first N only.")
 @click.option("--max-turns", type=_AT_LEAST_ONE, help="The first K turns of each only.")
+@click.option(
+    "--scale", type=_POSITIVE, help="Multiply the trace's token counts, to fit a small model."
+)
 @click.option("--max-gap", type=FiniteRange(min=0), help="Shorten longer gaps to this (seconds).")
 @click.option(
     "--rate",
@@ -96,6 +99,7 @@ def replay(
     trace_format: str | None,
     conversations: int | None,
     max_turns: int | None,
+    scale: float | None,
     max_gap: float | None,
     rate: float | None,
     speed: float | None,
@@ -120,7 +124,9 @@ def replay(
     request = ReplayRequest(
         trace=trace,
         trace_format=None if trace_format is None else TraceFormat(trace_format),
-        caps=Caps(conversations=conversations, max_turns=max_turns, max_gap_s=max_gap),
+        caps=Caps(
+            conversations=conversations, max_turns=max_turns, max_gap_s=max_gap, scale=scale
+        ),
         rate_per_s=rate,
         speed=speed,
         options=replay_options.Options(

@@ -252,6 +252,11 @@ def _notes(result: RunResult, out: dict[str, Any]) -> list[str]:
     """What a reader must know before believing the figures."""
     notes = []
     workload = result.workload
+    if workload.scale is not None:
+        notes.append(
+            f"The trace's token counts were multiplied by {workload.scale:g}: times are not the "
+            "trace's."
+        )
     if workload.cut_by_context or workload.dropped_by_context:
         notes.append(
             f"{workload.cut_by_context} conversations were cut, and {workload.dropped_by_context} "

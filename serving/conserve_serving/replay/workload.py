@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from conserve_serving.replay.conversations import Conversation
+from conserve_serving.replay.conversations import Conversation, Turn
 from conserve_serving.replay.errors import TraceError
 
 
@@ -21,12 +21,14 @@ class Caps:
         max_context_tokens: prompt and answer of any turn; a conversation ends before the turn
             that would exceed it.
         max_gap_s: longer gaps are shortened to this.
+        scale: every token count is multiplied by this, before the other limits count.
     """
 
     conversations: int | None = None
     max_turns: int | None = None
     max_context_tokens: int | None = None
     max_gap_s: float | None = None
+    scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class Workload:
         turns_cut: turns that are not replayed, both caps together, dropped conversations
             included.
         gaps_shortened: gaps that were shortened.
+        scale: what token counts were multiplied by; None: they are the trace's own.
     """
 
     name: str
@@ -50,6 +53,32 @@ class Workload:
     dropped_by_context: int = 0
     turns_cut: int = 0
     gaps_shortened: int = 0
+    scale: float | None = None
+
+
+def scaled(conversation: Conversation, factor: float) -> Conversation:
+    """The same conversation with other token counts: new and output tokens times ``factor``.
+
+    Every turn keeps at least one new and one output token, and as much of the context before it
+    as it did, whole where it kept the whole.
+    """
+    turns: list[Turn] = []
+    for number, turn in enumerate(conversation.turns):
+        kept = 0
+        if number:
+            before, smaller = conversation.turns[number - 1], turns[-1].context_tokens
+            whole = turn.kept_tokens >= before.context_tokens
+            kept = smaller if whole else min(smaller, round(turn.kept_tokens * factor))
+        new = max(1, round(turn.new_input_tokens * factor))
+        turns.append(
+            replace(
+                turn,
+                input_tokens=kept + new,
+                new_input_tokens=new,
+                output_tokens=max(1, round(turn.output_tokens * factor)),
+            )
+        )
+    return replace(conversation, turns=tuple(turns))
 
 
 def select(conversations: Iterable[Conversation], caps: Caps, *, name: str) -> Workload:
@@ -60,7 +89,8 @@ def select(conversations: Iterable[Conversation], caps: Caps, *, name: str) -> W
     """
     kept: list[Conversation] = []
     counts = {"max_turns": 0, "context": 0, "dropped": 0, "turns": 0, "gaps": 0}
-    for conversation in conversations:
+    for recorded in conversations:
+        conversation = recorded if caps.scale is None else scaled(recorded, caps.scale)
         turns = conversation.turns
         if caps.max_turns is not None and len(turns) > caps.max_turns:
             turns = turns[: caps.max_turns]
@@ -103,6 +133,7 @@ def select(conversations: Iterable[Conversation], caps: Caps, *, name: str) -> W
         dropped_by_context=counts["dropped"],
         turns_cut=counts["turns"],
         gaps_shortened=counts["gaps"],
+        scale=caps.scale,
     )
 
 
