@@ -284,7 +284,7 @@ def test_a_scaled_workload_fits_where_the_trace_did_not_and_says_so() -> None:
     workload = select([huge], Caps(max_context_tokens=1000, scale=0.1), name="t")
     assert workload.scale == 0.1
     assert workload.dropped_by_context == 0
-    assert workload.conversations[0].turns[0].input_tokens == 500
+    assert workload.conversations[0].turns[0].input_tokens == 499
 
 
 def test_nothing_left_is_an_error() -> None:

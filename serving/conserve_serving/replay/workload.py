@@ -64,12 +64,13 @@ def scaled(conversation: Conversation, factor: float) -> Conversation:
     """
     turns: list[Turn] = []
     for number, turn in enumerate(conversation.turns):
-        kept = 0
+        kept, fresh = 0, turn.input_tokens  # a first turn is all new, whatever it says
         if number:
+            fresh = turn.new_input_tokens
             before, smaller = conversation.turns[number - 1], turns[-1].context_tokens
             whole = turn.kept_tokens >= before.context_tokens
             kept = smaller if whole else min(smaller, round(turn.kept_tokens * factor))
-        new = max(1, round(turn.new_input_tokens * factor))
+        new = max(1, round(fresh * factor))
         turns.append(
             replace(
                 turn,
