@@ -10,7 +10,7 @@ import pytest
 from conserve_serving.cli import reasons
 from conserve_serving.cli.errors import BadInputError
 from conserve_serving.cli.explain import explained, listing
-from conserve_serving.cli.gateway_http import ConversationDetail, TurnDetail
+from conserve_serving.cli.gateway_http import ConversationDetail, EnergyDetail, TurnDetail
 from conserve_serving.cli.journal import read_journal
 from conserve_serving.core import Scheduler, SchedulerSettings, make_policy
 from conserve_serving.core.decisions import Decision, Place
@@ -223,3 +223,18 @@ def test_what_a_gateway_has_forgotten_is_said() -> None:
         "    decoded on d0; 1,000 prompt tokens, 360 of them from cache; 10 tokens out",
         "    first token after 0.0512 s, 1.5 s in all",
     ]
+
+
+def test_joules_are_told_with_their_source_and_what_is_missing() -> None:
+    charged = EnergyDetail(
+        total_j=212.34, prefill_j=12.34, decode_j=200.0, source="measured: NVML total energy"
+    )
+    turn = TurnDetail(index=1, energy=EnergyDetail(total_j=0.5, decode_j=0.5, settled=False))
+    silent = TurnDetail(index=2, energy=EnergyDetail(unknown_engines=["d1"]))
+    lines = explained(ConversationDetail(id="c", energy=charged, recent_turns=[turn, silent]))
+    assert "  energy: 212.3 J (prefill 12.3, decode 200); measured: NVML total energy" in lines
+    assert "    0.5 J (prefill 0, decode 0.5) so far" in lines
+    assert sum(" J (" in line for line in lines) == 2
+    partly = EnergyDetail(total_j=1.0, source="modelled: x", unknown_engines=["d1", "d2"])
+    told = explained(ConversationDetail(id="c", energy=partly))
+    assert "    without what ran on d1, d2" in told

@@ -281,3 +281,30 @@ def test_an_emulated_engines_own_joules_are_attributed(cluster: Cluster) -> None
     assert described["energy"]["total_j"] == pytest.approx(275.0)
     assert described["energy"]["idle_j"] == pytest.approx(150.0)
     cluster.book.check_invariants()
+
+
+def test_an_engine_that_was_removed_leaves_its_board_to_the_other(
+    cluster: Cluster, board: Any
+) -> None:
+    cluster.machine.boards(board("GPU-a"))
+    one, other = cluster.join("d0", "0"), cluster.join("d1", "0")
+    cluster.quiet(one, other, watts=80.0)
+    cluster.book.lost(other)
+    cluster.book.removed(other)
+    before_j = cluster.energy(other)["energy_j"]
+    cluster.quiet(one, watts=80.0)
+    assert cluster.energy(other)["energy_j"] == before_j > 0
+    assert cluster.energy(one)["energy_source"] == NVML
+
+
+def test_what_a_gpu_draws_while_its_engine_is_gone_is_nobodys(cluster: Cluster, board: Any) -> None:
+    cluster.machine.boards(board("GPU-a"))
+    engine = cluster.join("d0", "0")
+    cluster.quiet(engine, watts=80.0)
+    cluster.book.lost(engine)
+    for _ in range(3):
+        cluster.machine.run(1, watts=200.0)
+        cluster.book.away(engine)
+    parts = cluster.energy(engine)["energy"]
+    assert parts["unattributed_j"] == pytest.approx(3 * 120.0)
+    assert parts["idle_w"] == pytest.approx(80.0)

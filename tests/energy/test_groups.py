@@ -219,6 +219,28 @@ def test_what_is_drawn_while_an_engine_is_down_is_no_turns_and_teaches_nothing()
     cluster.check()
 
 
+def test_boards_without_any_engine_up_are_settled_all_the_same() -> None:
+    cluster = Cluster(idle_w=50.0, d0=["a"])
+    cluster.group.down("d0", cluster.now_s)
+    cluster.draw(2.0, a=80.0)
+    cluster.group.away(cluster.readings, cluster.now_s)
+    assert cluster.joules("d0")[Kind.IDLE] == pytest.approx(100.0)
+    assert cluster.joules("d0")[Kind.UNATTRIBUTED] == pytest.approx(60.0)
+    cluster.check()
+
+
+def test_an_engine_that_is_silent_holds_its_neighbours_up_for_a_while_only() -> None:
+    cluster = Cluster(idle_w=0.0, d0=["a"], d1=["a"])
+    turn = cluster.decoding("d0")
+    for _ in range(12):
+        cluster.draw(a=100.0)
+        cluster.report(d0=BUSY)
+    assert turn.tally.decode_j == pytest.approx(1100.0)
+    cluster.draw(a=100.0)
+    cluster.report(d0=BUSY, d1=Steps())
+    cluster.check()
+
+
 def test_groups_that_meet_become_one() -> None:
     left, right = BoardGroup(), BoardGroup()
     accounts = {name: Account(opened_s=0.0) for name in ("x", "y", "z")}

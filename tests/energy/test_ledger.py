@@ -158,6 +158,17 @@ def test_neighbours_do_not_pay_for_a_prompt_under_way() -> None:
     assert prompt.tally.prefill_j == pytest.approx(190.0)
 
 
+def test_a_prompt_that_has_just_come_keeps_no_joules_waiting() -> None:
+    account = Account(opened_s=0.0)
+    decoding = work(account, -1.0, 10)
+    decoding.first_token(0.0)
+    decoding.facts(prefill_tokens=10, output_tokens=11)
+    decoding.end(0.2)
+    work(account, 0.999, 16_000)
+    settle(account, 1.0, 30.0, Steps(decode_steps=10, decode_s=0.1, decode_batch_sum=10))
+    assert decoding.tally.decode_j == pytest.approx(30.0, rel=0.02)
+
+
 def test_joules_that_came_with_their_steps_wait_for_none() -> None:
     account = Account(opened_s=0.0)
     decoding = work(account, -1.0, 10)

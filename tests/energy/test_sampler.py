@@ -154,3 +154,25 @@ def test_it_reads_in_a_thread_until_it_is_stopped(fake_nvml: Any, board: Any) ->
     sampler.stop()
     assert where and threading.get_ident() not in where
     assert not nvml.alive  # the thread has ended, and shut NVML down
+
+
+def test_a_defect_is_told_and_the_thread_lives_on(
+    fake_nvml: Any, board: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(fake_nvml):  # type: ignore[misc] -- the fixture is a class
+        def nvmlInit(self) -> None:  # noqa: N802 -- pynvml's
+            raise ValueError("something nobody thought of")
+
+    told = threading.Event()
+
+    class Watching(Sampler):
+        def _fail(self, why: str) -> None:
+            super()._fail(why)
+            told.set()
+
+    sampler = Watching(lambda: Broken(boards=[board("GPU-a")]), period_s=0.01)
+    sampler.want(["0"])
+    assert told.wait(10)
+    sampler.stop()
+    assert sampler.snapshot.failure == "reading failed: something nobody thought of"
+    assert "reading GPU energy failed" in caplog.text

@@ -16,6 +16,7 @@ from conserve_serving.cli.gateway_http import (
     DEFAULT_GATEWAY,
     ConversationDetail,
     ConversationStatus,
+    EnergyDetail,
     GatewayHttp,
     TurnDetail,
 )
@@ -124,6 +125,10 @@ def explained(conversation: ConversationDetail, *, speed: float = 1.0) -> list[s
             f"  cache: {c.cached_token_shortfall_tokens:,} tokens that should have been cached"
             " had to be prefilled again"
         )
+    if c.energy is not None and c.energy.total_j is not None:
+        lines.append(f"  energy: {_joules(c.energy)}; {c.energy.source or 'nothing used yet'}")
+        if c.energy.unknown_engines:
+            lines.append(f"    without what ran on {', '.join(c.energy.unknown_engines)}")
     if c.recent_turns and c.recent_turns[0].index > 1:
         lines.append(f"  (turns before {c.recent_turns[0].index} are not remembered)")
     for turn in c.recent_turns:
@@ -155,7 +160,17 @@ def _explained_turn(turn: TurnDetail, speed: float) -> list[str]:
         times.append(f"{turn.duration_s * speed:.3g} s in all")
     if times:
         lines.append(f"    {', '.join(times)}")
+    if turn.energy is not None and turn.energy.total_j is not None:
+        lines.append(f"    {_joules(turn.energy)}")
     return lines
+
+
+def _joules(energy: EnergyDetail) -> str:
+    text = (
+        f"{energy.total_j or 0.0:.4g} J"
+        f" (prefill {energy.prefill_j or 0.0:.3g}, decode {energy.decode_j or 0.0:.3g})"
+    )
+    return text if energy.settled else f"{text} so far"
 
 
 def _count(count: int, noun: str) -> str:

@@ -103,6 +103,17 @@ class ConversationList(msgspec.Struct, frozen=True, kw_only=True):
     conversations: list[ConversationStatus] = []
 
 
+class EnergyDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """Joules of a turn or a conversation; None where they are not known."""
+
+    total_j: float | None = None
+    prefill_j: float | None = None
+    decode_j: float | None = None
+    source: str | None = None
+    settled: bool = True
+    unknown_engines: list[str] = []
+
+
 class TurnDetail(msgspec.Struct, frozen=True, kw_only=True):
     """One turn, of those a gateway remembers or a journal holds."""
 
@@ -119,6 +130,7 @@ class TurnDetail(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int | None = None
     ttft_s: float | None = None
     duration_s: float | None = None
+    energy: EnergyDetail | None = None
 
 
 class ConversationDetail(ConversationStatus, frozen=True, kw_only=True):
@@ -126,6 +138,7 @@ class ConversationDetail(ConversationStatus, frozen=True, kw_only=True):
 
     transfers_by_reason: dict[str, int] = {}
     cached_token_shortfall_tokens: int = 0
+    energy: EnergyDetail | None = None
     recent_turns: list[TurnDetail] = []
 
 

@@ -16,7 +16,7 @@ from conserve_serving.energy.ledger import Account, Steps
 
 #: A reading that covers this much more time than its interval spans a time nobody watched.
 _GAP_S = 2.0
-#: An interval longer than this is closed without a reading: the sampler is stuck.
+#: An interval longer than this is closed as it is: an engine is silent, or the sampler stuck.
 _OVERDUE_S = 10.0
 #: Time over which the idle power follows what is seen, once it has been seen.
 _IDLE_MEMORY_S = 60.0
@@ -166,6 +166,11 @@ class BoardGroup:
             self._close(readings, at_s)
             member.up = True
 
+    def away(self, readings: Mapping[str, Reading], at_s: float) -> None:
+        """An engine is still gone: where all of them are, nobody else closes intervals."""
+        if not any(member.up for member in self._members.values()):
+            self._close(readings, at_s)
+
     def rebase(self, board: str, reading: Reading) -> None:
         """A meter begins anew: what it says now is its zero."""
         self._boards[board].last = reading
@@ -176,7 +181,7 @@ class BoardGroup:
         """An engine's counters, as asked for at ``at_s``.
 
         The interval is closed once every engine of the group has reported and every board that
-        answers has been read anew.
+        answers has been read anew, or when it has become too long for that.
 
         Returns:
             Whether it was closed.
@@ -185,13 +190,12 @@ class BoardGroup:
         member.steps += steps
         member.at_s = at_s
         member.reported = True
-        if not all(m.reported for m in self._members.values() if m.up):
-            return False
+        complete = all(m.reported for m in self._members.values() if m.up)
         overdue = self._closed_s is not None and at_s - self._closed_s > _OVERDUE_S
-        if not overdue and not self._moved(readings):
-            return False
-        self._close(readings, at_s)
-        return True
+        if overdue or (complete and self._moved(readings)):
+            self._close(readings, at_s)
+            return True
+        return False
 
     def _moved(self, readings: Mapping[str, Reading]) -> bool:
         """Whether there is something new of a board, and nothing old of one that is alive."""

@@ -325,16 +325,16 @@ class Account:
         """The share of the pooled joules that the counted steps account for.
 
         A step is counted when it ends: while a prompt is being computed, joules of a step that
-        is under way wait for it.
+        is under way wait for it. That step began when its prompt was there, at the earliest.
         """
-        if not any(w.end_s is None or w.end_s > at_s for w in self._works):
+        running = [w for w in self._works if w.end_s is None or w.end_s > at_s]
+        if not running:
             return 1.0
         if not steps.busy_s:
             return 0.0
-        under_way = any(
-            w.prefilled_s is None and (w.end_s is None or w.end_s > at_s) for w in self._works
-        )
-        return min(1.0, steps.busy_s / pool_s) if under_way and pool_s else 1.0
+        since_s = min((w.begin_s for w in running if w.prefilled_s is None), default=at_s)
+        under_way_s = max(0.0, min(at_s - since_s, pool_s - steps.busy_s))
+        return steps.busy_s / (steps.busy_s + under_way_s)
 
     def _prefill_claims(
         self, steps: Steps, since_s: float, at_s: float
@@ -342,29 +342,30 @@ class Account:
         """Tokens counted, and whose they were: first come, first served, as engines do it."""
         counted = float(steps.prefill_tokens)
         claims: dict[Work, float] = {}
-        here = [w for w in self._works if w.begin_s <= at_s]
-        done = [w for w in here if w.prefilled_s is not None and w.prefilled_s <= at_s]
+        here = [
+            w
+            for w in self._works
+            if w.begin_s <= at_s and (w.prefilled_s is None or w.prefilled_s > since_s)
+        ]
         left = counted
-        for work in done:  # all of its prompt has been counted by now
-            claim = max(0.0, work.prefill_tokens - work.claimed_tokens)
-            if claim and work.prefilled_s is not None and work.prefilled_s > since_s:
-                claims[work] = claim
-                left -= claim
-        for work in here:
-            if work in done:
-                continue
-            claim = min(max(0.0, work.prefill_tokens - work.claimed_tokens), max(0.0, left))
-            if claim:
-                claims[work] = claim
-                left -= claim
+        for done in (True, False):  # a prompt that is computed has been counted to its end
+            for work in here:
+                if done != (work.prefilled_s is not None and work.prefilled_s <= at_s):
+                    continue
+                claim = max(0.0, work.prefill_tokens - work.claimed_tokens)
+                if not done:
+                    claim = min(claim, max(0.0, left))
+                if claim:
+                    claims[work] = claim
+                    left -= claim
         for work in here:  # estimates may have been short
-            in_prefill = work.prefilled_s is None or work.prefilled_s > since_s
-            if left > 0 and in_prefill:
-                claim = claims.get(work, 0.0)
-                more = min(left, max(0.0, work.limit_tokens - work.claimed_tokens - claim))
-                if more:
-                    claims[work] = claim + more
-                    left -= more
+            if left <= 0:
+                break
+            claim = claims.get(work, 0.0)
+            more = min(left, max(0.0, work.limit_tokens - work.claimed_tokens - claim))
+            if more:
+                claims[work] = claim + more
+                left -= more
         for work, claim in claims.items():
             work.claimed_tokens += claim
         self._infer_prefilled(here, claims, steps, since_s, at_s)

@@ -122,7 +122,12 @@ class Sampler:
     def _run(self) -> None:
         while not self._stop.is_set():
             began_s = self._clock()
-            self.sample()
+            try:
+                self.sample()
+            except Exception as error:  # noqa: BLE001 -- the boundary: a thread that dies says nothing
+                _log.error("reading GPU energy failed", exc_info=error)
+                self._fail(f"reading failed: {error}")
+                self._stop.wait(RETRY_S)
             took_s = self._clock() - began_s
             self._stop.wait(max(self._period_s - took_s, took_s))
         self._shut()
@@ -145,7 +150,7 @@ class Sampler:
         boards = {}
         for uuid, board in self._boards.items():
             at_s = self._clock()
-            source = self._read(nvml, board, at_s)
+            source = self._read(nvml, uuid, board, at_s)
             if source is not None:
                 boards[uuid] = BoardReading(
                     joules=board.meter.joules,
@@ -221,7 +226,7 @@ class Sampler:
             except nvml.NVMLError as error:
                 _log.debug("MIG devices: %s", error)  # the reading that follows says more
 
-    def _read(self, nvml: Nvml, board: _Board, at_s: float) -> str | None:
+    def _read(self, nvml: Nvml, uuid: str, board: _Board, at_s: float) -> str | None:
         """Read one board; returns how, or None when it said nothing."""
         if board.handle is None:
             return None
@@ -243,7 +248,7 @@ class Sampler:
                 board.handle = None
             text = "reports neither energy nor power" if code(error) in NOT_OFFERED else str(error)
             if board.note != text:
-                _log.warning("energy of a board: %s", text)
+                _log.warning("energy of GPU %s: %s", uuid, text)
             board.note = text
             return None
         board.note = None

@@ -56,6 +56,7 @@ class _NewEngine(msgspec.Struct):
     url: str
     tier: Tier
     profile: str | None = None
+    gpus: list[str] = []
     replace: bool = False
 
 
@@ -202,7 +203,7 @@ class Admin:
             section = TierSection(
                 role=asked.tier, engine="attach", urls=(asked.url,), profile=asked.profile
             )
-            engine = self._gateway.fleet.add(asked.id, asked.url, section)
+            engine = self._gateway.fleet.add(asked.id, asked.url, section, gpus=tuple(asked.gpus))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))

@@ -88,6 +88,19 @@ class EnergyBook:
         if known is not None and known.group is not None:
             known.group.down(engine.id, self._clock())
 
+    def away(self, engine: Engine) -> None:
+        """An engine is still gone: what its boards draw meanwhile is nobody's."""
+        known = self._metered.get(engine.id)
+        if known is not None and known.group is not None:
+            known.group.away(self._readings(known.group), self._clock())
+
+    def removed(self, engine: Engine) -> None:
+        """An engine will not come back; what was booked to it stays."""
+        known = self._metered.get(engine.id)
+        if known is not None:
+            self._leave(engine, known)
+            known.gpus = ()
+
     def reported(
         self, engine: Engine, asked_s: float, delta: StepDelta, own: EmulatedExtension | None
     ) -> None:
@@ -147,15 +160,11 @@ class EnergyBook:
         boards = self._boards_of(engine, known)
         if boards.keys() == known.boards:
             return
-        now_s = self._clock()
-        if known.group is not None:
-            known.account.abandon(now_s)
-            known.group.remove(engine.id)
-        known.boards, known.group = frozenset(boards), None
-        known.own = known.modelled = None
-        known.shared = False
+        self._leave(engine, known)
         if not boards:
             return
+        now_s = self._clock()
+        known.boards = frozenset(boards)
         group = BoardGroup()
         for other in list(self._metered.values()):
             if other.group is not None and other.group.boards & known.boards:
@@ -167,6 +176,14 @@ class EnergyBook:
             known.modelled = ModelledMeter(known.profile.power)
             known.own = _modelled(known.modelled, known.profile, now_s)
             group.rebase(_meter_of(engine.id), known.own)
+
+    def _leave(self, engine: Engine, known: _Metered) -> None:
+        if known.group is not None:
+            known.account.abandon(self._clock())
+            known.group.remove(engine.id)
+        known.boards, known.group = frozenset(), None
+        known.own = known.modelled = None
+        known.shared = False
 
     def _merge(self, old: BoardGroup, into: BoardGroup) -> None:
         into.absorb(old)

@@ -117,6 +117,7 @@ class Fleet:
         if engine is None:
             return False
         self._lose(engine, "removed")
+        self._energy.removed(engine)
         if engine.watcher is not None:
             engine.watcher.cancel()
         engine.client.close()
@@ -261,6 +262,7 @@ class Fleet:
             self._emit(EngineDraining(engine=engine.id, epoch=engine.epoch))
 
     def _refuse(self, engine: Engine, state: str, note: str) -> None:
+        self._energy.away(engine)
         if engine.note != note:
             _log.warning("%s", note)
         engine.note = note

@@ -176,7 +176,7 @@ class Gateway:
         await self.background.join(timeout_s=1.0)
         await self.fleet.close()
         self.runtime.close()
-        self.energy.close()
+        await asyncio.to_thread(self.energy.close)
 
     async def _watch_turns(self) -> None:
         limit_s = self.config.gateway.stall_timeout_s
