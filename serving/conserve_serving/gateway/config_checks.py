@@ -168,11 +168,6 @@ def _check_sglang(tier: TierSection) -> None:
                 f"gpus.{number} has {len(row)} GPUs, but tp is {tier.tp}: give every engine tp of "
                 "them"
             )
-    taken: set[str] = set()
-    for gpu in (gpu for row in tier.gpus or () for gpu in row):
-        if gpu in taken and not tier.urls:  # with urls they may be on several machines
-            raise ValueError(f"gpus: {gpu} is given to two engines: an engine has its GPUs alone")
-        taken.add(gpu)
     for url in tier.urls:
         if urlsplit(url).port is None:
             raise ValueError(f"urls: {url!r} names no port: SGLang needs one to listen on")
@@ -203,7 +198,15 @@ def check_cluster(config: Config) -> None:
                     f"tiers.{started[0][0]}.{key} = {_shown(first)}, but tiers.{number}.{key} = "
                     f"{_shown(other)}: engines of one cluster have the same"
                 )
+    taken: set[str] = set()
     for number, tier in started:
+        for gpu in (gpu for row in tier.gpus or () for gpu in row):
+            if gpu in taken and not tier.urls:  # with urls they may be on several machines
+                raise ValueError(
+                    f"tiers.{number}.gpus: {gpu} is given to two engines: an engine has its GPUs "
+                    "alone"
+                )
+            taken.add(gpu)
         keys = {value for name, value in named_flags(tier.flags) if name == "--api-key"}
         if keys and keys != {config.gateway.engine_api_key}:
             raise ValueError(

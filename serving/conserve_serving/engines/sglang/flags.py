@@ -168,6 +168,7 @@ def server_arguments(engine: SglangEngine, store: StoreSettings) -> list[str]:
         ("--page-size", str(engine.page_tokens)),
         ("--tp-size", str(engine.tp)),
         ("--log-level", engine.log_level),
+        ("--log-level-http", "warning"),  # the gateway asks twice a second how it is
         # What the driver reads: occupancy, and how much of a prompt was cached.
         ("--enable-metrics",),
         ("--enable-cache-report",),

@@ -107,6 +107,10 @@ class Relay:
         """The last lines, oldest first."""
         return list(self._lines)
 
+    def forget(self) -> None:
+        """What was said so far explains nothing that happens from now on."""
+        self._lines.clear()
+
     def feed(self, chunk: bytes) -> None:
         """Take output; progress bars, which end in a carriage return, become lines."""
         *lines, self._rest = (self._rest + chunk).replace(b"\r", b"\n").split(b"\n")
@@ -237,6 +241,7 @@ class Launcher:
                     self._note(f"still starting after {told_s - began_s:.0f} s")
         finally:
             client.close()
+        self._relay.forget()
         self._say({"ready": True, "port": self._launch.port})
         await asyncio.Event().wait()
         return None
@@ -254,7 +259,7 @@ class Launcher:
         self._say({"note": text})
 
     def _fail(self, why: Diagnosis) -> None:
-        self._say({"failed": why.what, "remedy": why.remedy, "evidence": why.evidence[:2000]})
+        self._say({"failed": why.what, "remedy": why.remedy, "evidence": why.evidence})
 
     def _say(self, message: Mapping[str, object]) -> None:
         self._write(json.dumps(message).encode() + b"\n")
