@@ -18,7 +18,9 @@ from conserve_serving.cli.errors import EXIT_FAILED, EXIT_USAGE, CliError
 #: Subcommand → (module, attribute, one line of help).
 COMMANDS = {
     "up": ("up", "up", "Start engines and the gateway, and watch them work."),
+    "engine": ("engine", "engine", "Run one engine of a cluster on the machine where it is typed."),
     "serve": ("up", "serve", "Run the gateway alone, in front of engines that run already."),
+    "doctor": ("doctor", "doctor", "Say in plain words what is missing, and what to type."),
     "replay": ("replay", "replay", "Send a trace's conversations through a running gateway."),
     "explain": ("explain", "explain", "Say why each turn of a conversation was placed there."),
     "config": ("config", "config", "Explain every setting, or check a configuration file."),

@@ -124,9 +124,7 @@ def replay(
     request = ReplayRequest(
         trace=trace,
         trace_format=None if trace_format is None else TraceFormat(trace_format),
-        caps=Caps(
-            conversations=conversations, max_turns=max_turns, max_gap_s=max_gap, scale=scale
-        ),
+        caps=Caps(conversations=conversations, max_turns=max_turns, max_gap_s=max_gap, scale=scale),
         rate_per_s=rate,
         speed=speed,
         options=replay_options.Options(

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from conserve_serving.cli.errors import BadInputError
+
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - the folder made there is private
 #: Shared memory with less than this free is not for KV (containers often have 64 MiB).
 ENOUGH_BYTES: Final = 4 * 1024**3
@@ -39,6 +41,21 @@ def make_store_folder(
     except OSError:  # no such file system, or not for us
         pass
     return run_dir / "store"
+
+
+def make_store(folder: Path) -> None:
+    """Make the store's folder if need be.
+
+    Raises:
+        BadInputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise BadInputError(
+            f"the hand-off store's folder {folder} cannot be made: {failure.strerror}",
+            remedy="correct handoff.path in the configuration file",
+        ) from failure
 
 
 def remove_stale(shared: Path) -> None:

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from conserve_serving.cli.children import Backoff, Child, ChildSpec, ChildState, Command
 from conserve_serving.cli.errors import (
-    BadInputError,
     ChildFailedError,
     GatewayUnreachableError,
 )
 from conserve_serving.cli.gateway_http import GatewayHttp
 from conserve_serving.cli.ports import Reservation, url_host
+from conserve_serving.cli.store_place import make_store
 from conserve_serving.engines.sglang import flags as sglang
 from conserve_serving.engines.sglang.flags import ENV_VARIABLE, SglangEngine, StoreSettings
 
@@ -130,16 +130,28 @@ def engine_command(engine: EngineToStart, store: StoreSettings) -> Command:
     return command
 
 
-def engine_spec(engine: EngineToStart, command: Command, *, log_path: Path) -> ChildSpec:
+def engine_spec(
+    engine: EngineToStart,
+    command: Command,
+    *,
+    log_path: Path,
+    echo: Callable[[bytes], None] | None = None,
+) -> ChildSpec:
     """How an engine's process is supervised.
 
     Args:
         engine: what runs.
         command: how it is called.
         log_path: where its output goes.
+        echo: also given its output.
     """
     spec = ChildSpec(
-        name=engine.id, command=command, port=0, log_path=log_path, grace_s=ENGINE_GRACE_S
+        name=engine.id,
+        command=command,
+        port=0,
+        log_path=log_path,
+        grace_s=ENGINE_GRACE_S,
+        echo=echo,
     )
     if isinstance(engine, SglangEngine):
         return replace(
@@ -236,13 +248,7 @@ class Supervisor:
         Raises:
             ChildFailedError: a process did not come up; everything has been stopped again.
         """
-        try:
-            self._store.mkdir(parents=True, exist_ok=True)
-        except OSError as failure:
-            raise BadInputError(
-                f"the hand-off store's folder {self._store} cannot be made: {failure.strerror}",
-                remedy="correct handoff.path in the configuration file",
-            ) from failure
+        make_store(self._store)
         for one in (self.gateway, *self.engines.values()):
             # An earlier run's last words in the same folder would explain this one's failures.
             one.spec.log_path.unlink(missing_ok=True)

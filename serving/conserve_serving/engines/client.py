@@ -114,6 +114,10 @@ class EngineClient:
         model = await self._get("/model_info", ModelInfo)
         return describe(self.pool.origin, info, model, await self.models())
 
+    async def settings(self) -> dict[str, object]:
+        """All that ``/server_info`` says, for those who look at what an engine was started with."""
+        return await self._get("/server_info", dict[str, object])
+
     async def extension(self) -> EmulatedExtension | None:
         """The emulated engine's own figures (energy among them), None from a real one."""
         info = await self._get("/server_info", ServerInfo)

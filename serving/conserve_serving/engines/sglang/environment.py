@@ -15,7 +15,7 @@ SUPPORTED_VERSION: Final = "0.5.23"
 _TIMEOUT_S: Final = 60.0
 
 _PROBE: Final = """
-import importlib.metadata as metadata, importlib.util as util, json, sys
+import importlib.metadata as metadata, importlib.util as util, json, os, sys
 
 def version(name):
     try:
@@ -29,12 +29,15 @@ def found(module):
     except ImportError:
         return False
 
+plugins = {entry.name for entry in metadata.entry_points(group="sglang.srt.plugins")}
+wanted = os.environ.get("SGLANG_PLUGINS")
 print(json.dumps({
     "python": "%d.%d.%d" % sys.version_info[:3],
     "sglang": version("sglang") or ("unknown" if found("sglang") else None),
     "torch": version("torch"),
     "conserve": found("conserve_serving.engines.sglang.store"),
-    "conserve_version": version("conserve-agents"),
+    "plugin": "conserve" in plugins,
+    "plugin_allowed": not wanted or "conserve" in [name.strip() for name in wanted.split(",")],
 }))
 """
 
@@ -51,14 +54,17 @@ class PythonEnvironment:
         sglang: SGLang's version; None: it is not there.
         torch: PyTorch's version; None: it is not there.
         conserve: whether SGLang can load our store from there.
-        conserve_version: of our package; None where it is merely on the path.
+        plugin: whether SGLang finds our plug-in there; it does when our package is installed, not
+            merely on the path.
+        plugin_allowed: whether SGLANG_PLUGINS lets SGLang load it.
     """
 
     python: str
     sglang: str | None
     torch: str | None
     conserve: bool
-    conserve_version: str | None
+    plugin: bool
+    plugin_allowed: bool
 
 
 class PythonUnusableError(Exception):
@@ -123,6 +129,17 @@ def what_is_missing(python: str, found: PythonEnvironment) -> tuple[str, str] | 
         return (
             f"SGLang's environment ({python}) cannot import our hand-off store",
             f"{python} -m pip install --no-deps conserve-agents",
+        )
+    if not found.plugin:
+        return (
+            f"SGLang's environment ({python}) does not list our plug-in: ConServe is on its path "
+            "but not installed there, or too old",
+            f"{python} -m pip install --no-deps --upgrade conserve-agents",
+        )
+    if not found.plugin_allowed:
+        return (
+            "SGLANG_PLUGINS keeps SGLang from loading our plug-in",
+            "add conserve to it (tiers.env, or the environment of this shell)",
         )
     return None
 
