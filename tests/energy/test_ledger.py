@@ -68,14 +68,26 @@ def test_prompts_of_one_interval_pay_by_uncached_tokens() -> None:
 def test_a_prompt_that_waits_behind_another_pays_nothing_yet() -> None:
     account = Account(opened_s=0.0)
     first, second = work(account, 0.0, 8000), work(account, 0.1, 8000)
-    settle(account, 1.0, 100.0, Steps(prefill_tokens=8000, prefill_s=1.0))
+    first.first_token(0.999)
+    settle(account, 1.0, 110.0, Steps(prefill_tokens=8800, prefill_s=1.0))
     assert first.tally.prefill_j == pytest.approx(100.0)
     assert second.tally.prefill_j == 0.0
-    first.first_token(1.001)
+    assert account.pending_j == pytest.approx(10.0)  # 800 tokens of the second
     second.first_token(2.0)
-    settle(account, 2.1, 100.0, Steps(prefill_tokens=8000, prefill_s=1.0))
+    settle(account, 2.1, 100.0, Steps(prefill_tokens=7200, prefill_s=0.9))
     assert first.tally.prefill_j == pytest.approx(100.0)
-    assert second.tally.prefill_j == pytest.approx(100.0)
+    assert second.tally.prefill_j == pytest.approx(110.0)
+
+
+def test_it_does_not_matter_in_which_order_an_engine_takes_prompts() -> None:
+    account = Account(opened_s=0.0)
+    long, short = work(account, 0.0, 8000), work(account, 0.1, 2000)
+    short.first_token(0.9)  # it overtook
+    settle(account, 1.0, 100.0, Steps(prefill_tokens=5000, prefill_s=1.0))
+    assert short.tally.prefill_j == pytest.approx(40.0)
+    long.first_token(2.0)
+    settle(account, 2.0, 100.0, Steps(prefill_tokens=5000, prefill_s=1.0))
+    assert long.tally.prefill_j == pytest.approx(160.0)
 
 
 def test_turns_of_one_batch_pay_by_the_steps_they_took_part_in() -> None:
@@ -103,8 +115,9 @@ def test_decoding_in_a_part_of_the_interval_is_all_of_its_decoding() -> None:
 
 def test_what_others_asked_of_the_engine_is_not_charged_to_us() -> None:
     account = Account(opened_s=0.0)
-    turn = work(account, -1.0, 10)
-    turn.first_token(0.0)
+    turn = work(account, 0.0, 10)
+    turn.first_token(0.1)
+    settle(account, 0.1, 0.0, Steps(prefill_tokens=10, prefill_s=0.01))
     steps = Steps(
         prefill_tokens=5000,
         prefill_s=0.5,

@@ -159,19 +159,21 @@ class Work:
         end_s: when its last byte came; None while it runs.
         prefill_tokens: uncached prompt tokens, estimated until ``facts``.
         output_tokens: what it generated; None until ``facts``.
+        decodes, streams: it generates tokens; its first one is seen when it comes.
+        prefill_paid, claimed_steps: what it has been charged for.
     """
 
     __slots__ = (
         "_exact",
-        "_streams",
         "begin_s",
         "claimed_steps",
-        "claimed_tokens",
         "decodes",
         "end_s",
         "output_tokens",
+        "prefill_paid",
         "prefill_tokens",
         "prefilled_s",
+        "streams",
         "tally",
     )
 
@@ -194,10 +196,10 @@ class Work:
         self.prefill_tokens = max(1, prefill_tokens)  # engines compute one token at least
         self.output_tokens: int | None = None
         self.decodes = decodes
-        self.claimed_tokens = 0.0
+        self.streams = streams
+        self.prefill_paid = False
         self.claimed_steps = 0.0
         self._exact = False
-        self._streams = streams
 
     def first_token(self, now_s: float) -> None:
         """Its first token has come: its prompt is computed."""
@@ -214,6 +216,8 @@ class Work:
         """It is over, however."""
         if self.end_s is None:
             self.end_s = now_s
+            if self._exact and not self.decodes:
+                self.first_token(now_s)
 
     @property
     def limit_tokens(self) -> float:
@@ -222,10 +226,13 @@ class Work:
             return self.prefill_tokens
         return max(2.0 * self.prefill_tokens, self.prefill_tokens + _SLACK_TOKENS)
 
-    @property
-    def shows_first_token(self) -> bool:
-        """Whether the end of its prefill is (or was) seen rather than inferred."""
-        return self._streams
+    def prefilled_by(self, at_s: float) -> bool:
+        """Whether its prompt was computed by then."""
+        return self.prefilled_s is not None and self.prefilled_s <= at_s
+
+    def ended_by(self, at_s: float) -> bool:
+        """Whether it was over by then."""
+        return self.end_s is not None and self.end_s <= at_s
 
 
 class Account:
@@ -248,7 +255,10 @@ class Account:
         #: Active joules whose steps have not been counted yet, over so many seconds.
         self._carry_j = 0.0
         self._carry_s = 0.0
-        self._carry_source = ""
+        #: Joules and tokens of prompts that are not computed to their end.
+        self._prompt_j = 0.0
+        self._prompt_tokens = 0.0
+        self._source = ""
 
     # --- what runs ---------------------------------------------------------------------------
     def begin(self, work: Work) -> None:
@@ -259,16 +269,16 @@ class Account:
     @property
     def quiet(self) -> bool:
         """No request was there since the last settlement, and nothing is left of earlier ones."""
-        return not self._works and not self._carry_j
+        return not self._works and not self.pending_j
 
     @property
     def pending_j(self) -> float:
-        """Joules that wait for their steps to be counted."""
-        return self._carry_j
+        """Joules of steps that are not counted yet, and of prompts that are not computed yet."""
+        return self._carry_j + self._prompt_j
 
     def abandon(self, at_s: float) -> None:
         """The engine is gone: what was pending will never be explained."""
-        self._drop_carry()
+        self._give_up()
         for work in list(self._works):
             self._close(work)
         self._settled_s = at_s
@@ -300,9 +310,9 @@ class Account:
         self.total_j += idle_j + active_j + lost_j
         self._book(Kind.IDLE, idle_j, source)
         self._book(Kind.UNATTRIBUTED, lost_j, source)
-        if source != self._carry_source:
-            self._drop_carry()
-            self._carry_source = source
+        if source != self._source:
+            self._give_up()
+            self._source = source
         since_s, self._settled_s = self._settled_s, max(at_s, self._settled_s)
         pool_j = self._carry_j + active_j
         pool_s = self._carry_s + max(0.0, at_s - since_s)
@@ -315,10 +325,13 @@ class Account:
         prefill_j = explained_j * prefill_part / whole if whole else 0.0
         decode_j = explained_j - prefill_j if whole else 0.0
         rest_j = explained_j - prefill_j - decode_j
-        rest_j += self._pay(Kind.PREFILL, prefill_j, self._prefill_claims(steps, since_s, at_s))
-        rest_j += self._pay(Kind.DECODE, decode_j, self._decode_claims(steps, since_s, at_s))
+        self._prompt_j += prefill_j
+        self._prompt_tokens += steps.prefill_tokens
+        rest_j += self._settle_prefill(steps, since_s, at_s)
+        counted, claims = self._decode_claims(steps, since_s, at_s)
+        rest_j += decode_j - self._pay(Kind.DECODE, decode_j, counted, claims)
         self._book(Kind.UNATTRIBUTED, rest_j, source)
-        for work in [w for w in self._works if w.end_s is not None and w.end_s <= at_s]:
+        for work in [w for w in self._works if w.ended_by(at_s)]:
             self._close(work)
 
     def _explained(self, steps: Steps, at_s: float, pool_s: float) -> float:
@@ -327,7 +340,7 @@ class Account:
         A step is counted when it ends: while a prompt is being computed, joules of a step that
         is under way wait for it. That step began when its prompt was there, at the earliest.
         """
-        running = [w for w in self._works if w.end_s is None or w.end_s > at_s]
+        running = [w for w in self._works if not w.ended_by(at_s)]
         if not running:
             return 1.0
         if not steps.busy_s:
@@ -336,56 +349,48 @@ class Account:
         under_way_s = max(0.0, min(at_s - since_s, pool_s - steps.busy_s))
         return steps.busy_s / (steps.busy_s + under_way_s)
 
-    def _prefill_claims(
-        self, steps: Steps, since_s: float, at_s: float
-    ) -> tuple[float, dict[Work, float]]:
-        """Tokens counted, and whose they were: first come, first served, as engines do it."""
-        counted = float(steps.prefill_tokens)
-        claims: dict[Work, float] = {}
-        here = [
-            w
-            for w in self._works
-            if w.begin_s <= at_s and (w.prefilled_s is None or w.prefilled_s > since_s)
-        ]
-        left = counted
-        for done in (True, False):  # a prompt that is computed has been counted to its end
-            for work in here:
-                if done != (work.prefilled_s is not None and work.prefilled_s <= at_s):
-                    continue
-                claim = max(0.0, work.prefill_tokens - work.claimed_tokens)
-                if not done:
-                    claim = min(claim, max(0.0, left))
-                if claim:
-                    claims[work] = claim
-                    left -= claim
-        for work in here:  # estimates may have been short
-            if left <= 0:
-                break
-            claim = claims.get(work, 0.0)
-            more = min(left, max(0.0, work.limit_tokens - work.claimed_tokens - claim))
-            if more:
-                claims[work] = claim + more
-                left -= more
-        for work, claim in claims.items():
-            work.claimed_tokens += claim
-        self._infer_prefilled(here, claims, steps, since_s, at_s)
-        return counted, claims
+    def _settle_prefill(self, steps: Steps, since_s: float, at_s: float) -> float:
+        """Charge the prompts that are computed; returns what nobody can have caused.
 
-    @staticmethod
-    def _infer_prefilled(
-        here: list[Work], claims: dict[Work, float], steps: Steps, since_s: float, at_s: float
-    ) -> None:
-        """When the prompts of replies that are not streamed were computed: once counted."""
-        spent = 0.0
+        Joules and tokens of prompts under way are kept together until one of them is computed,
+        whatever order the engine takes them in; then it pays for its tokens.
+        """
+        here = [w for w in self._works if w.begin_s <= at_s and not w.prefill_paid]
+        self._infer_prefilled(here, steps, since_s, at_s)
+        done = [w for w in here if w.prefilled_by(at_s) or w.ended_by(at_s)]
+        under_way = [w for w in here if not (w.prefilled_by(at_s) or w.ended_by(at_s))]
+        claims = {w: float(w.prefill_tokens) for w in done if w.prefilled_by(at_s)}
+        # What prompts under way cannot account for: those that are done were estimated too short.
+        spare = self._prompt_tokens - math.fsum(claims.values())
+        spare -= math.fsum(w.limit_tokens for w in under_way)
+        for work in done:
+            work.prefill_paid = True
+            more = min(spare, work.limit_tokens - claims.get(work, 0.0))
+            if more > 0:
+                claims[work] = claims.get(work, 0.0) + more
+                spare -= more
+        self._prompt_j -= self._pay(Kind.PREFILL, self._prompt_j, self._prompt_tokens, claims)
+        self._prompt_tokens -= min(math.fsum(claims.values()), self._prompt_tokens)
+        lost = max(0.0, spare) / self._prompt_tokens if self._prompt_tokens > 0 else 0.0
+        lost = min(1.0, lost) if under_way else 1.0
+        lost_j = self._prompt_j * lost
+        self._prompt_j -= lost_j
+        self._prompt_tokens *= 1.0 - lost
+        return lost_j
+
+    def _infer_prefilled(self, here: list[Work], steps: Steps, since_s: float, at_s: float) -> None:
+        """When prompts were computed whose first token is not seen: once they are counted."""
+        spare = self._prompt_tokens - sum(w.prefill_tokens for w in here if w.prefilled_by(at_s))
+        counted = float(steps.prefill_tokens)
         for work in here:
-            spent += claims.get(work, 0.0)
-            if work.prefilled_s is not None or work.shows_first_token:
+            if work.prefilled_s is not None or work.streams or not work.decodes:
                 continue
-            ended = work.end_s is not None and work.end_s <= at_s
-            if ended or work.claimed_tokens >= work.prefill_tokens:
-                share = min(1.0, spent / steps.prefill_tokens) if steps.prefill_tokens else 0.0
-                work.first_token(max(work.begin_s, since_s) + steps.prefill_s * share)
-            elif not steps.prefill_tokens and steps.decode_steps and work.begin_s < since_s:
+            if work.ended_by(at_s) or (counted and spare >= work.prefill_tokens):
+                spare -= work.prefill_tokens
+                share = min(1.0, max(0.0, 1.0 - spare / counted)) if counted else 0.0
+                computed_s = max(work.begin_s, since_s) + steps.prefill_s * share
+                work.first_token(min(computed_s, work.end_s or at_s, at_s))
+            elif not counted and steps.decode_steps and work.begin_s < since_s:
                 # Engines prefill before they decode: who is still there has been prefilled.
                 work.first_token(since_s)
 
@@ -394,9 +399,11 @@ class Account:
     ) -> tuple[float, dict[Work, float]]:
         """Request-steps counted, and who took part in them: who was there while they ran."""
         claims: dict[Work, float] = {}
-        if not steps.decode_steps or not steps.decode_s:
+        # A step is counted whole when it ends: they may take longer than the interval.
+        decoding_s = min(steps.decode_s, at_s - since_s)
+        if not steps.decode_steps or decoding_s <= 0:
             return 0.0, claims
-        per_s = steps.decode_steps / steps.decode_s
+        per_s = steps.decode_steps / decoding_s
         for work in self._works:
             if not work.decodes or work.prefilled_s is None:
                 continue
@@ -413,32 +420,28 @@ class Account:
         return max(steps.decode_batch_sum, float(steps.decode_steps)), claims
 
     # --- booking -----------------------------------------------------------------------------
-    def _pay(
-        self, kind: Kind, joules: float, counted_and_claims: tuple[float, dict[Work, float]]
-    ) -> float:
-        """Charge the claims their share of ``joules``; returns what nobody claimed."""
-        counted, claims = counted_and_claims
+    def _pay(self, kind: Kind, joules: float, counted: float, claims: dict[Work, float]) -> float:
+        """Charge the claims their share of ``joules``; returns what was charged."""
         claimed = math.fsum(claims.values())
         if not joules or not claimed:
-            return joules
+            return 0.0
         per_unit_j = joules / max(counted, claimed)
-        paid_j = 0.0
+        charged_j = []
         for work, claim in claims.items():
-            share_j = per_unit_j * claim
-            work.tally.charge(kind, share_j, self._carry_source)
-            paid_j += share_j
-        paid_j = min(paid_j, joules) if claimed < counted else joules
-        self._book(kind, paid_j, self._carry_source)
-        return joules - paid_j
+            work.tally.charge(kind, per_unit_j * claim, self._source)
+            charged_j.append(per_unit_j * claim)
+        paid_j = joules if claimed >= counted else min(joules, math.fsum(charged_j))
+        self._book(kind, paid_j, self._source)
+        return paid_j
 
     def _book(self, kind: Kind, joules: float, source: str) -> None:
         if joules:
             key = (kind, source)
             self._by_kind[key] = self._by_kind.get(key, 0.0) + joules
 
-    def _drop_carry(self) -> None:
-        self._book(Kind.UNATTRIBUTED, self._carry_j, self._carry_source)
-        self._carry_j = self._carry_s = 0.0
+    def _give_up(self) -> None:
+        self._book(Kind.UNATTRIBUTED, self.pending_j, self._source)
+        self._carry_j = self._carry_s = self._prompt_j = self._prompt_tokens = 0.0
 
     def _close(self, work: Work) -> None:
         del self._works[work]
@@ -460,8 +463,8 @@ class Account:
         Raises:
             InvariantError: it is not.
         """
-        parts = [*self._by_kind.values(), self._carry_j]
+        parts = [*self._by_kind.values(), self._carry_j, self._prompt_j]
         if abs(math.fsum(parts) - self.total_j) > _TOLERANCE * max(1.0, self.total_j):
             raise InvariantError(f"{self.total_j} J came in, {math.fsum(parts)} J are accounted")
         if min(parts, default=0.0) < -_TOLERANCE * max(1.0, self.total_j):
-            raise InvariantError(f"negative joules: {self._by_kind}, pending {self._carry_j}")
+            raise InvariantError(f"negative joules: {self._by_kind}, pending {self.pending_j}")

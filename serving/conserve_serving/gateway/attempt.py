@@ -137,11 +137,11 @@ class Attempt:
                     gateway.abort_upstream(decoder, self._rid)
 
     def _expected_cached_tokens(self) -> int:
-        """Whole pages of the prompt that the decoder should find."""
+        """Whole pages of the prompt that the decoder should find; it computes one token at least."""
         if self.place.prefiller is not None and not self.handed_over:
             return 0
         page_tokens = self.decoder.page_tokens
-        return self.place.expected_cached_tokens // page_tokens * page_tokens
+        return max(0, self.place.expected_cached_tokens - 1) // page_tokens * page_tokens
 
     def _fields(self, session: str | None) -> tuple[dict[str, object], bool]:
         """What is added to the client's body, and whether the usage event is ours to remove."""
