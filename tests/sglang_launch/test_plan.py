@@ -71,6 +71,12 @@ def test_gpus_that_are_named_are_not_taken_by_others() -> None:
     assert [e.gpus for e in found] == [("1",), ("0",), ("2",)]
 
 
+def test_every_machine_has_its_own_gpus() -> None:
+    far = f'urls = ["http://127.0.0.1:30001", "{FAR}", "http://192.0.2.1:30001"]'
+    found = engines(config('urls = ["http://127.0.0.1:30000"]', far))
+    assert [e.gpus for e in found] == [("0",), ("1",), ("0",), ("1",)]
+
+
 def test_no_gpus_where_none_are_wanted() -> None:
     cpu = 'flags = ["--device", "cpu"]'
     assert {e.gpus for e in engines(config(cpu, cpu))} == {None}
@@ -194,7 +200,7 @@ def test_engines_elsewhere_are_attached_and_need_to_be_told_where(tmp_path: Path
     assert planned.store.ack_url == "http://192.0.2.9:8000/conserve/v1/handoffs"
     told = parse_config(planned.gateway_config({"p0": "http://127.0.0.1:4000"}))
     assert told.tiers[1].urls == ("http://127.0.0.1:30001", FAR)
-    assert told.tiers[1].gpus == (("1",), ()), "GPUs elsewhere are not for this machine to measure"
+    assert told.tiers[1].gpus == (("0",), ()), "GPUs elsewhere are not for this machine to measure"
 
 
 def test_gateway_alone_reads_the_same_file() -> None:

@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from conserve_serving.cli import run
+
 STAND_IN = Path(__file__).with_name("stand_in")
 PATIENCE_S = 60.0
 
@@ -63,7 +67,9 @@ def hear(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError(f"never heard {words!r}: {''.join(heard)}")
 
 
-def test_engines_are_started_restarted_and_stopped(tmp_path: Path) -> None:
+def test_engines_are_started_restarted_and_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     family = tmp_path / "family"
     family.touch()
     config = write_tiers(tmp_path, decode=f"family={family}")
@@ -81,6 +87,11 @@ def test_engines_are_started_restarted_and_stopped(tmp_path: Path) -> None:
         assert store["ack_url"] == f"{ready['url']}/conserve/v1/handoffs"
         assert store["path"] == f"{tmp_path}/kv"
         assert told["env"]["CUDA_VISIBLE_DEVICES"] == "3"
+
+        assert run(["doctor", "--url", ready["url"]]) == 0, capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "hands KV over (file, role prefill)" in told
+        assert told.endswith("all is well\n")
 
         ids = [int(word) for word in family.read_text().split()]
         family.write_text("")

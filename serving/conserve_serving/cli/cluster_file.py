@@ -183,7 +183,7 @@ def sglang_engines(config: Config, *, environ: Mapping[str, str]) -> list[Sglang
             without ``gpus`` take from.
     """
     hosting = config.scheduler.tier_mode is TierMode.HOSTING
-    free = _free_gpus(config, environ)
+    free = _FreeGpus(config, environ)
     engines: list[SglangEngine] = []
     for tier, ids in zip(config.tiers, engine_ids(config), strict=True):
         if tier.engine != "sglang":
@@ -192,7 +192,7 @@ def sglang_engines(config: Config, *, environ: Mapping[str, str]) -> list[Sglang
             address = urlsplit(tier.urls[number]) if tier.urls else None
             gpus: tuple[str, ...] | None
             if tier.gpus is None and not _without_gpu(tier):
-                gpus = tuple(next(free) for _ in range(tier.tp))
+                gpus = free.take(address.hostname if address is not None else None, tier.tp)
             else:
                 gpus = tier.gpus[number] if tier.gpus else None
             prefills = tier.role is Tier.PREFILL
@@ -221,18 +221,34 @@ def sglang_engines(config: Config, *, environ: Mapping[str, str]) -> list[Sglang
     return engines
 
 
-def _free_gpus(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
-    """GPUs that no tier names, in order: those this process may see, else 0, 1, 2 …
+class _FreeGpus:
+    """GPUs that no tier names, machine by machine, in order: those this process may see, else all.
 
     There is always a next one: CUDA says what is wrong with a GPU that is not there, and `conserve
     doctor` says it before.
     """
-    named = {gpu for tier in config.tiers for row in tier.gpus or () for gpu in row}
-    visible = [gpu.strip() for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    for gpu in itertools.chain(filter(None, visible), map(str, itertools.count())):
-        if gpu not in named:
-            named.add(gpu)
-            yield gpu
+
+    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
+        self._named: dict[str | None, set[str]] = {}
+        for tier in config.tiers:
+            hosts = [urlsplit(url).hostname for url in tier.urls] or [None] * tier.count
+            for host, row in zip(hosts, tier.gpus or (), strict=False):
+                self._named.setdefault(host, set()).update(row)
+        visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        self._visible = [gpu.strip() for gpu in visible if gpu.strip()]
+        self._free: dict[str | None, Iterator[str]] = {}
+
+    def take(self, host: str | None, number: int) -> tuple[str, ...]:
+        """The next so many of a machine."""
+        free = self._free.setdefault(host, self._of(self._named.get(host, set())))
+        return tuple(itertools.islice(free, number))
+
+    def _of(self, named: set[str]) -> Iterator[str]:
+        taken = set(named)
+        for gpu in itertools.chain(self._visible, map(str, itertools.count())):
+            if gpu not in taken:
+                taken.add(gpu)
+                yield gpu
 
 
 def _without_gpu(tier: TierSection) -> bool:

@@ -75,6 +75,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Names arrivals, generated conversations and token ids.",
 )
 @click.option(
+    "--vocabulary",
+    type=click.IntRange(min=2),
+    help="Token ids of the model, where it has fewer than 17,384: an engine may die of others.",
+)
+@click.option(
     "--connections",
     type=_AT_LEAST_ONE,
     default=256,
@@ -104,6 +109,7 @@ def replay(
     rate: float | None,
     speed: float | None,
     seed: int,
+    vocabulary: int | None,
     connections: int,
     stall_timeout: float,
     json_path: Path | None,
@@ -128,7 +134,10 @@ def replay(
         rate_per_s=rate,
         speed=speed,
         options=replay_options.Options(
-            seed=seed, connections=connections, stall_timeout_s=stall_timeout
+            seed=seed,
+            vocabulary=vocabulary,
+            connections=connections,
+            stall_timeout_s=stall_timeout,
         ),
     )
     console = Console(stderr=True)

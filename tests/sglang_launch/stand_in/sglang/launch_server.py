@@ -79,10 +79,25 @@ def serve(does: dict[str, str]) -> None:
         "page_size": int(value_of("--page-size", "64")),
         "context_length": 8192,
         "version": "0.5.23",
-        "enable_metrics": "--enable-metrics" in sys.argv,
-        "enable_cache_report": "--enable-cache-report" in sys.argv,
-        "enable_session_radix_cache": "--enable-session-radix-cache" in sys.argv,
         "hicache_storage_backend_extra_config": extra,
+        **{
+            name: f"--{name.replace('_', '-')}" in sys.argv
+            for name in (
+                "enable_metrics",
+                "enable_cache_report",
+                "enable_session_radix_cache",
+                "enable_priority_scheduling",
+                "enable_hierarchical_cache",
+            )
+        },
+        **{
+            name: value_of(f"--{name.replace('_', '-')}", "")
+            for name in (
+                "hicache_storage_backend",
+                "hicache_write_policy",
+                "hicache_storage_prefetch_policy",
+            )
+        },
         "argv": sys.argv[1:],
         "env": {k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "PYTHON"))},
     }
