@@ -322,7 +322,7 @@ class Account:
         prefill_w, decode_w = self.weights(steps)
         prefill_part = prefill_w * steps.prefill_s
         whole = prefill_part + decode_w * steps.decode_s
-        prefill_j = explained_j * prefill_part / whole if whole else 0.0
+        prefill_j = min(explained_j, explained_j * prefill_part / whole) if whole else 0.0
         decode_j = explained_j - prefill_j if whole else 0.0
         rest_j = explained_j - prefill_j - decode_j
         self._prompt_j += prefill_j

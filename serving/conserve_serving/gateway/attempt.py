@@ -137,7 +137,7 @@ class Attempt:
                     gateway.abort_upstream(decoder, self._rid)
 
     def _expected_cached_tokens(self) -> int:
-        """Whole pages of the prompt that the decoder should find; it computes one token at least."""
+        """Whole pages of the prompt that the decoder should find, and never all of it."""
         if self.place.prefiller is not None and not self.handed_over:
             return 0
         page_tokens = self.decoder.page_tokens
