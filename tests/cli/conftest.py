@@ -11,14 +11,9 @@ from pathlib import Path
 import pytest
 
 from conserve_serving.cli.children import Backoff, Command
+from conserve_serving.cli.commands import Commands, EmulatedEngine, EngineToStart
 from conserve_serving.cli.ports import reserve_port
-from conserve_serving.cli.supervisor import (
-    ClusterPlan,
-    Commands,
-    EmulatedEngine,
-    EngineToStart,
-    Supervisor,
-)
+from conserve_serving.cli.supervisor import ClusterPlan, Supervisor
 from conserve_serving.engines.sglang.flags import StoreSettings
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from conserve_serving.cli import COMMANDS, cli, run
-from conserve_serving.cli.cluster_file import engine_ids, plan_cluster, read_config, to_toml
+from conserve_serving.cli.cluster_file import plan_cluster, read_config, to_toml
 from conserve_serving.cli.config import explained
 from conserve_serving.cli.errors import BadInputError
 from conserve_serving.cli.gateway_http import GatewayHttp
+from conserve_serving.cli.sglang_tiers import engine_ids
 from conserve_serving.engines.profile import list_profiles
 from conserve_serving.gateway.config import Setting, parse_config
 from conserve_serving.gateway.config import explain as explain_settings

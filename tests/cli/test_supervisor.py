@@ -12,9 +12,9 @@ import pytest
 from conserve_serving.cli import ports as ports_module
 from conserve_serving.cli import supervisor as supervisor_module
 from conserve_serving.cli.children import ChildState
+from conserve_serving.cli.commands import EmulatedEngine, engine_command
 from conserve_serving.cli.errors import ChildFailedError, CliError, PortInUseError
 from conserve_serving.cli.ports import reserve_port
-from conserve_serving.cli.supervisor import EmulatedEngine, engine_command
 from conserve_serving.engines.sglang.flags import StoreSettings
 
 if TYPE_CHECKING:

@@ -13,12 +13,13 @@ from conserve_serving.cli.cluster_file import (
     attached_config,
     plan_cluster,
     read_config,
-    sglang_engines,
 )
+from conserve_serving.cli.commands import EmulatedEngine
 from conserve_serving.cli.errors import BadInputError
 from conserve_serving.cli.ports import is_ours
+from conserve_serving.cli.sglang_tiers import sglang_engines
 from conserve_serving.cli.store_place import default_max_bytes, make_store_folder
-from conserve_serving.cli.supervisor import ClusterPlan, EmulatedEngine
+from conserve_serving.cli.supervisor import ClusterPlan
 from conserve_serving.engines.sglang.flags import SglangEngine
 from conserve_serving.gateway.config import Config, parse_config
 from conserve_serving.gateway.errors import ConfigError

@@ -338,8 +338,9 @@ class _Log:
         self._echo = echo
 
     def write(self, output: bytes) -> None:
-        """Append output."""
-        self._file.write(output)
+        """Append output. A full disk costs the log its lines, not the child its pipe."""
+        with contextlib.suppress(OSError):
+            self._file.write(output)
         if self._echo is not None:
             self._echo(output)
 

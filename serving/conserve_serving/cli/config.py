@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from conserve_serving.cli.cluster_file import engine_ids, read_config
+from conserve_serving.cli.cluster_file import read_config
+from conserve_serving.cli.sglang_tiers import engine_ids
 from conserve_serving.gateway.config import Setting
 from conserve_serving.gateway.config import explain as explain_settings
 from conserve_serving.gateway.config_checks import DEFAULT_PROFILE

@@ -16,12 +16,12 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Final
 
-from conserve_serving.cli.cluster_file import sglang_engines
 from conserve_serving.cli.doctor_gpus import check_boards, check_engine_gpus, list_boards
 from conserve_serving.cli.doctor_model import check_model
 from conserve_serving.cli.errors import CliError
 from conserve_serving.cli.findings import Finding, Findings, size
 from conserve_serving.cli.ports import DEFAULT_PORT, is_ours, reserve_port
+from conserve_serving.cli.sglang_tiers import sglang_engines
 from conserve_serving.cli.store_place import (
     ENOUGH_BYTES,
     SHARED_MEMORY,

@@ -16,16 +16,12 @@ from pathlib import Path
 import click
 
 from conserve_serving.cli.children import Child
-from conserve_serving.cli.cluster_file import (
-    ACK_PATH,
-    read_config,
-    sglang_engines,
-    store_settings,
-)
+from conserve_serving.cli.cluster_file import read_config
+from conserve_serving.cli.commands import engine_command, engine_spec
 from conserve_serving.cli.errors import EXIT_FAILED, EXIT_OK, BadInputError
 from conserve_serving.cli.ports import DEFAULT_PORT, is_ours, url_host
+from conserve_serving.cli.sglang_tiers import ACK_PATH, sglang_engines, store_settings
 from conserve_serving.cli.store_place import make_store
-from conserve_serving.cli.supervisor import engine_command, engine_spec
 from conserve_serving.cli.up import make_run_dir
 from conserve_serving.engines.sglang.flags import SglangEngine, StoreSettings
 from conserve_serving.gateway.config import Config

@@ -15,7 +15,8 @@ from conserve_serving.engines.profile import load_profile
 from conserve_serving.engines.sglang.flags import STORE_KEYS, named_flags
 
 if TYPE_CHECKING:
-    from conserve_serving.gateway.config import Config, TierSection
+    from conserve_serving.gateway.config import Config
+    from conserve_serving.gateway.config_tiers import TierSection
 
 #: What an emulated engine runs when its tier names no profile.
 DEFAULT_PROFILE: Final = "a40-qwen3-0.6b"
