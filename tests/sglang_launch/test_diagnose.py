@@ -213,6 +213,26 @@ def test_cause_comes_before_its_consequences() -> None:
     assert found.what == "the GPU is out of memory"
 
 
+def test_unknown_exceptions_are_quoted() -> None:
+    line = "sglang.srt.utils.common.NewKindOfError: the frobnicator is bent"
+    found = diagnose((TRACEBACK + line + AFTER).splitlines(), ended="killed by SIGKILL")
+    assert found is not None
+    assert found.what == f"SGLang ended with {line}"
+    assert found.evidence == line
+
+
+def test_sglang_kills_itself_after_an_error() -> None:
+    line = "RuntimeError: Cannot find any model weights with `/models/half`"
+    lines = (TRACEBACK + line + AFTER).splitlines()
+    found = diagnose(lines, ended="killed by SIGKILL")
+    assert found is not None
+    assert found.what == "the model's folder has no weights"
+    assert diagnose(AFTER.splitlines(), ended="killed by SIGKILL") is None
+    found = diagnose(["[2026-11-25 18:05:31] Load weight begin."], ended="killed by SIGKILL")
+    assert found is not None
+    assert "out of memory" in found.what
+
+
 def test_ordinary_logs_say_nothing() -> None:
     lines = [
         "[2026-11-25 18:05:31] ConServe hand-off store: decode, file, Layout(model='tiny')",

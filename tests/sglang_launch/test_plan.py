@@ -212,6 +212,28 @@ def test_gateway_alone_reads_the_same_file() -> None:
     assert told.tiers[1].gpus is None
 
 
+EXAMPLES = Path(__file__).parents[2] / "docs" / "deploy"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_examples_can_be_used(path: Path) -> None:
+    read = read_config(path)
+    given = [(engine.id, engine.gpus) for engine in engines(read)]
+    assert {
+        "attach": [],
+        "tensor-parallel": [
+            ("p0", ("0", "1")),
+            ("d0", ("2", "3")),
+            ("d1", ("4", "5")),
+            ("d2", ("6", "7")),
+        ],
+        "three-gpus": [("p0", ("0",)), ("d0", ("1",)), ("d1", ("2",))],
+        "two-machines": [("p0", ("0",)), ("d0", ("0",)), ("d1", ("1",))],
+    }[path.stem] == given
+    if path.stem != "attach":
+        assert {t.engine for t in read_config(path, engine="emulated").tiers} == {"emulated"}
+
+
 # --- where the store is ---------------------------------------------------------------------
 
 

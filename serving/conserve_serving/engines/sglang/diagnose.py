@@ -137,11 +137,6 @@ _TABLE: Final[Sequence[tuple[str, str, str]]] = (
         "raise `ulimit -l`, or lower tiers.host_kv_gb",
     ),
     (
-        r"exit code: -9\)|exit code -9\b|ended: killed by SIGKILL",
-        "a process of the engine was killed (SIGKILL); most often the machine is out of memory",
-        "look with `dmesg -T | grep -i oom`; lower tiers.host_kv_gb, or start fewer engines",
-    ),
-    (
         r"DefaultCPUAllocator: .*(?:not enough|can't allocate) memory|MemoryError\b"
         r"|\[Errno 12\] Cannot allocate memory",
         "the machine is out of memory",
@@ -214,25 +209,45 @@ _TABLE: Final[Sequence[tuple[str, str, str]]] = (
         "a step took longer than SGLang's watchdog allows, and it ended itself",
         "look for a hung GPU (`dmesg -T | grep -i xid`); raise --watchdog-timeout in tiers.flags",
     ),
+    # --- when nothing else was said ----------------------------------------------------------
+    (
+        r"exit code: -9\)|exit code -9\b|ended: killed by SIGKILL",
+        "a process of the engine was killed (SIGKILL); most often the machine is out of memory",
+        "look with `dmesg -T | grep -i oom`; lower tiers.host_kv_gb, or start fewer engines",
+    ),
 )
 _PATTERNS: Final = tuple((re.compile(pattern), what, remedy) for pattern, what, remedy in _TABLE)
 #: What is looked at of a line: the first of SGLang's lists all its settings.
 _LONGEST_CHARS: Final = 2000
 #: Time, rank and the like in front of what a line says.
 _PREFIX: Final = re.compile(r"^\[\d{4}-[^\]]*\] *")
+#: The last line of a Python traceback.
+_EXCEPTION: Final = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b(?:: .*)?$")
+#: SGLang ends itself by SIGKILL, after an error as well as when it is told to.
+_ENDS_ITSELF: Final = "kill_process_tree called"
 
 
-def diagnose(lines: Sequence[str]) -> Diagnosis | None:
-    """The reason that an engine's last lines give; None when they give none we know.
+def diagnose(lines: Sequence[str], *, ended: str = "") -> Diagnosis | None:
+    """The reason that an engine's last lines give; None when they give none.
 
     Args:
         lines: the end of its log, oldest first.
+        ended: how its first process ended: ``killed by SIGKILL``.
     """
     said = [_PREFIX.sub("", line).strip()[:_LONGEST_CHARS] for line in lines]
+    if ended and not any(_ENDS_ITSELF in line for line in said):
+        said.append(f"SGLang ended: {ended}")
     for pattern, what, remedy in _PATTERNS:
         for line in reversed(said):
             match = pattern.search(line)
             if match is not None:
                 groups = {name: text or "?" for name, text in match.groupdict().items()}
                 return Diagnosis(what=what.format(**groups), remedy=remedy, evidence=line)
-    return None
+    raised = next((line for line in reversed(said) if _EXCEPTION.match(line)), None)
+    if raised is None:
+        return None
+    return Diagnosis(
+        what=f"SGLang ended with {raised[:300]}",
+        remedy="the lines above it in the log say where it came from",
+        evidence=raised,
+    )

@@ -190,11 +190,8 @@ class Launcher:
         return None
 
     def _why(self, returncode: int | None) -> Diagnosis:
-        lines = self._relay.lines
         how = describe_exit(returncode)
-        if returncode is not None and returncode > 128:
-            lines.append(f"SGLang ended: {how}")
-        return diagnose(lines) or Diagnosis(
+        return diagnose(self._relay.lines, ended=how) or Diagnosis(
             what=f"SGLang ended ({how})", remedy="the end of its log says more"
         )
 
