@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conserve_serving.replay.errors import TraceError
 from conserve_serving.replay.generator import generate, recipes
-from conserve_serving.replay.tokens import FIRST_ID, ID_COUNT, fresh_ids
+from conserve_serving.replay.tokens import FIRST_ID, ID_COUNT, fresh_ids, id_range
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
@@ -81,3 +83,17 @@ def test_fresh_ids_depend_on_every_part_of_their_name() -> None:
     ):
         assert ids[:16] != other[:16]
     assert fresh_ids(0, seed=0, conversation="c", turn=1) == []
+
+
+@given(st.integers(2, 40_000))
+def test_ids_stay_in_a_small_vocabulary(vocabulary: int) -> None:
+    ids = fresh_ids(200, seed=0, conversation="c", turn=1, vocabulary=vocabulary)
+    assert 0 < min(ids) <= max(ids) < vocabulary
+    first, count = id_range(vocabulary)
+    assert count >= min(ID_COUNT, vocabulary / 4)
+    assert first > 0
+
+
+def test_a_vocabulary_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocabulary is 1: give the model's"):
+        id_range(1)

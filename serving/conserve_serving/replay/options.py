@@ -27,6 +27,7 @@ class Options:
 
     Attributes:
         seed: names the token ids; equal seeds send equal prompts.
+        vocabulary: ids of the model that prompts may use; None: any model's in use.
         speed: model seconds per wall second; arrivals and gaps are shortened by it.
         connections: turns in flight at once; more wait, and their wait counts.
         max_attempts: attempts at one turn before it is an error.
@@ -38,6 +39,7 @@ class Options:
     """
 
     seed: int = 0
+    vocabulary: int | None = None
     speed: float = 1.0
     connections: int = 256
     max_attempts: int = 8

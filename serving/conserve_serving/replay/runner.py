@@ -198,6 +198,7 @@ class Replay:
             seed=self._options.seed,
             conversation=live.record.conversation.id,
             turn=index,
+            vocabulary=self._options.vocabulary,
         )
         return live.context + fresh
 

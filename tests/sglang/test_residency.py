@@ -1,0 +1,168 @@
+"""KV stays while its conversation does, and goes when it ends; the books agree with the engine."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.sglang
+
+PAGE = 16
+POOL_TOKENS = 20_000
+
+
+def cached_from(engine: Any) -> dict[str, int]:
+    """Prompt tokens found cached since the engine started, by where they were."""
+    status, text = engine.call("GET", "/metrics")
+    assert status == 200
+    found: dict[str, int] = {}
+    for source, value in re.findall(
+        r'sglang:cached_tokens_total\{[^}]*cache_source="(\w+)[^}]*\} ([0-9.e+]+)', text.decode()
+    ):
+        found[source] = found.get(source, 0) + int(float(value))
+    return found
+
+
+def traffic(engine: Any, random_ids: Any, tokens: int, *, each: int = 4000) -> None:
+    """Prompts of nobody's, so many tokens in all."""
+    for _ in range(tokens // each):
+        engine.post("/generate", {"input_ids": random_ids(each), "sampling_params": _one()})
+
+
+def _one() -> dict[str, int]:
+    return {"max_new_tokens": 1}
+
+
+def ask_cached(engine: Any, prompt: list[int]) -> int:
+    """How much of a prompt an engine finds anywhere: device, host or store."""
+    reply = engine.post("/generate", {"input_ids": prompt, "sampling_params": _one()})
+    return int(reply["meta_info"]["cached_tokens"])
+
+
+def test_an_idle_conversation_stays_on_the_device_under_five_pools_of_traffic(
+    make_gateway: Any, bed: Any, random_ids: Any
+) -> None:
+    decoder = bed.decoders[0]
+    gateway = make_gateway(decoders=[decoder])
+    prompt = random_ids(3000)
+    first = gateway.complete("idle", prompt, 8)
+    context = [*prompt, *first.choice["token_ids"]]
+    nobody = random_ids(3000)
+    ask_cached(decoder, nobody)  # the same, without a session
+
+    traffic(decoder, random_ids, 5 * POOL_TOKENS)
+
+    before = cached_from(decoder)
+    second = gateway.complete("idle", [*context, *random_ids(50)], 8)
+    assert second.cached_tokens >= len(context) - PAGE - 1
+    gained = {k: v - before.get(k, 0) for k, v in cached_from(decoder).items()}
+    assert gained["device"] == second.cached_tokens, gained
+    before = cached_from(decoder)
+    ask_cached(decoder, nobody)
+    gained = {k: v - before.get(k, 0) for k, v in cached_from(decoder).items()}
+    assert gained.get("device", 0) < len(nobody) - PAGE  # what a session protects from
+
+
+def test_an_ended_conversation_is_gone_from_device_and_store_within_a_second(
+    make_gateway: Any, bed: Any, random_ids: Any
+) -> None:
+    decoder = bed.decoders[0]
+    gateway = make_gateway(decoders=[decoder])
+    prompt = random_ids(2000)
+    first = gateway.complete("ends", prompt, 8)
+    second_prompt = [*prompt, *first.choice["token_ids"], *random_ids(300)]
+    gateway.complete("ends", second_prompt, 8)
+    homes = bed.store / "tiny" / "conversations"
+    pages = bed.store / "tiny" / "pages"
+    assert len(list(homes.iterdir())) == 1
+
+    def held() -> int:
+        return int(gateway.engine("d0")["kv_reported_tokens"])
+
+    gateway.until(lambda: held() >= len(second_prompt))
+    gateway.end("ends")
+    ended_s = time.monotonic()
+    gateway.until(lambda: not list(homes.iterdir()), within_s=5)
+    gateway.until(lambda: held() == 0, within_s=5)
+    took_s = time.monotonic() - ended_s
+    assert took_s < 1.0
+    assert [path for path in pages.rglob("*") if path.is_file()] == []
+    assert ask_cached(decoder, second_prompt) == 0  # not on the device, the host or the store
+
+
+def test_ending_one_of_two_with_a_common_prompt_leaves_the_other_whole(
+    make_gateway: Any, bed: Any, random_ids: Any
+) -> None:
+    gateway = make_gateway(decoders=[bed.decoders[0]])
+    system = random_ids(800)
+    prompts = {name: [*system, *random_ids(200)] for name in ("ends", "stays")}
+    answers = {name: gateway.complete(name, prompt, 8) for name, prompt in prompts.items()}
+    gateway.end("ends")
+    homes = bed.store / "tiny" / "conversations"
+    gateway.until(lambda: len(list(homes.iterdir())) == 1, within_s=5)
+    context = [*prompts["stays"], *answers["stays"].choice["token_ids"]]
+    again = gateway.complete("stays", [*context, *random_ids(20)], 4)
+    assert again.cached_tokens >= len(context) - PAGE - 1
+    assert ask_cached(bed.decoders[1], prompts["stays"]) >= len(prompts["stays"]) - PAGE - 1
+
+
+def test_a_parked_conversation_comes_back_from_the_host(bed: Any, random_ids: Any) -> None:
+    """A plain close only takes the protection away: nothing is computed twice."""
+    decoder = bed.decoders[0]
+    prompt = random_ids(2000)
+    decoder.post("/open_session", _session("parked"))
+    decoder.post(
+        "/generate", {"input_ids": prompt, "sampling_params": _one()} | {"session_id": "parked"}
+    )
+    decoder.post("/close_session", {"session_id": "parked"})
+    traffic(decoder, random_ids, POOL_TOKENS)  # the host has room for two pools
+    before = cached_from(decoder)
+    assert ask_cached(decoder, prompt) >= len(prompt) - PAGE - 1
+    gained = {k: v - before.get(k, 0) for k, v in cached_from(decoder).items()}
+    assert gained.get("host", 0) > 0
+
+
+def _session(name: str) -> dict[str, object]:
+    return {"session_id": name, "capacity_of_str_len": 30_000, "timeout": 600}
+
+
+def test_a_session_the_engine_has_lost_is_opened_again(
+    make_gateway: Any, bed: Any, random_ids: Any
+) -> None:
+    """An engine restarts: its conversations come back, placed anew, and are resident again."""
+    decoder = bed.decoders[1]
+    gateway = make_gateway(decoders=[decoder])
+    prompt = random_ids(500)
+    first = gateway.complete("c", prompt, 8)
+    context = [*prompt, *first.choice["token_ids"]]
+    decoder.restart()
+    gateway.until_ready("d0")
+    second = gateway.complete("c", [*context, *random_ids(20)], 8)
+    assert second.status == 200
+    context = [*context, *second.json()["choices"][0]["token_ids"]]
+    gateway.until(lambda: gateway.engine("d0")["kv_reported_tokens"])
+    assert gateway.counter("transfers_by_reason")["engine_lost"] == 1
+
+
+def test_the_books_agree_with_the_engine(make_gateway: Any, bed: Any, random_ids: Any) -> None:
+    """An idle conversation's KV is "evictable" to SGLang: occupancy counts it all the same."""
+    gateway = make_gateway(decoders=[bed.decoders[0]])
+
+    def drift() -> int:
+        return int(gateway.engine("d0")["kv_drift_tokens"])
+
+    for number in range(3):
+        gateway.complete(f"c{number}", random_ids(700 + number), 8)
+    gateway.until(lambda: abs(drift()) <= 3 * PAGE, within_s=10)
+    assert gateway.engine("d0")["kv_reported_tokens"] >= 3 * 700 - 3 * PAGE
+    for number in range(3):
+        gateway.end(f"c{number}")
+    gateway.until(lambda: drift() == 0, within_s=10)
+    assert gateway.engine("d0")["kv_reported_tokens"] == 0
+    assert (
+        'conserve_engine_kv_drift_tokens{engine="d0",tier="decode"} 0.0'
+        in gateway.ask("GET", "/metrics").body.decode()
+    )
