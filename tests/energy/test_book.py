@@ -10,8 +10,8 @@ import pytest
 from conserve_serving.core.events import StepTimes
 from conserve_serving.core.types import EngineId, EngineSpeeds, Link, Tier
 from conserve_serving.energy.errors import NvmlMissingError
-from conserve_serving.energy.ledger import Kind, Tally, Work
 from conserve_serving.energy.sampler import RETRY_S
+from conserve_serving.energy.work import Kind, Tally, Work
 from conserve_serving.engines.client import EngineClient
 from conserve_serving.engines.client_types import EmulatedExtension, EngineDescription, StepDelta
 from conserve_serving.gateway.config import TierSection

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conserve_serving.energy.errors import InvariantError
-from conserve_serving.energy.ledger import Account, Kind, Steps, Tally, Work
+from conserve_serving.energy.ledger import Account
+from conserve_serving.energy.work import Kind, Steps, Tally, Work
 
 SOURCE = "measured: test"
 
@@ -335,7 +336,7 @@ _events = st.one_of(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=150, deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(_seconds, _events), max_size=40))
 def test_whatever_happens_every_joule_is_somewhere_once(history: list[tuple[float, Any]]) -> None:
     account = Account(opened_s=0.0)

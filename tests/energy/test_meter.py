@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conserve_serving.energy.meter import MAX_BOARD_W, BoardMeter
@@ -82,6 +82,7 @@ def test_power_that_no_board_draws_is_as_if_it_had_not_been_read() -> None:
     assert m.joules == pytest.approx(600.0)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     start_mj=st.integers(min_value=0, max_value=2**32 - 1),
     growth=st.lists(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conserve_serving.energy.ledger import Steps
 from conserve_serving.energy.modelled import ModelledMeter, describe_source, phase_weights
+from conserve_serving.energy.work import Steps
 from conserve_serving.engines.power import PowerModel
 from conserve_serving.engines.profile import load_profile
 
@@ -53,6 +53,7 @@ def test_the_label_says_how_good_the_model_is() -> None:
     assert describe_source(load_profile("h100-qwen3-8b")) == "modelled: h100-qwen3-8b (measured)"
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(
         st.tuples(st.floats(min_value=0.0, max_value=1.0), st.floats(min_value=0.0, max_value=1.0)),

@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from conserve_serving.energy.ledger import Account, Steps
+from conserve_serving.energy.ledger import Account
+from conserve_serving.energy.work import Steps
 
 #: A reading that covers this much more time than its interval spans a time nobody watched.
 _GAP_S = 2.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conserve_serving.energy.ledger import Steps, Weights
+from conserve_serving.energy.work import Steps, Weights
 from conserve_serving.engines.power import PowerModel
 from conserve_serving.engines.profile import HardwareProfile
 

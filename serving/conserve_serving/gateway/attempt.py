@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from conserve_serving.core.decisions import Place
 from conserve_serving.core.events import PrefillFinished, TurnFinished
-from conserve_serving.energy.ledger import Work
+from conserve_serving.energy.work import Work
 from conserve_serving.engines.http import Response
 from conserve_serving.engines.http_errors import EngineHttpError
 from conserve_serving.engines.splice import splice

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from conserve_serving.core.types import ConversationId
-from conserve_serving.energy.ledger import Tally
+from conserve_serving.energy.work import Tally
 from conserve_serving.gateway.identity import Tags, scoped
 from conserve_serving.gateway.lineage import PrefixMark, Relation
 from conserve_serving.gateway.request import DEFAULT_BYTES_PER_TOKEN, TurnRequest

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from conserve_serving.energy.groups import BoardGroup, Reading
-from conserve_serving.energy.ledger import Account, Kind, Steps, Tally, Work, equal_weights
+from conserve_serving.energy.ledger import Account
 from conserve_serving.energy.modelled import ModelledMeter, describe_source, phase_weights
 from conserve_serving.energy.sampler import Sampler
+from conserve_serving.energy.work import Kind, Steps, Tally, Work, equal_weights
 from conserve_serving.engines.client_types import EmulatedExtension, StepDelta
 from conserve_serving.engines.errors import ProfileError
 from conserve_serving.engines.profile import HardwareProfile, load_profile

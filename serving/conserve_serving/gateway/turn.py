@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from conserve_serving.core.decisions import CloseTurn, Hold, Place, Reject
 from conserve_serving.core.events import TurnAborted, TurnArrived, TurnFailed
 from conserve_serving.core.types import EngineId, Outcome, Reason, TurnId
-from conserve_serving.energy.ledger import Tally
+from conserve_serving.energy.work import Tally
 from conserve_serving.engines.http_errors import EngineHttpError, ResponseTimeout
 from conserve_serving.gateway.attempt import Attempt, EngineAnsweredError
 from conserve_serving.gateway.conversations import Conversation, TurnSummary, Usage
