@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,15 @@ import pytest
 def _load_testbed() -> ModuleType:
     """``tests/sglang/testbed.py``: test folders are not packages."""
     name = "sglang_testbed"
-    if name not in sys.modules:
-        path = Path(__file__).parent / "sglang" / "testbed.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    path = Path(__file__).parent / "sglang" / "testbed.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+testbed = _load_testbed()
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +32,6 @@ def sglang_testbed(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[Any]:
     """One prefiller and two decoders of real SGLang for the whole session (a `Testbed`)."""
-    testbed = _load_testbed()
     missing = testbed.why_not()
     if missing is not None:
         pytest.skip(missing)
@@ -39,12 +41,19 @@ def sglang_testbed(
         if reporter is not None:
             reporter.write_line(text)
 
-    bed = testbed.open_testbed(tmp_path_factory.mktemp("sglang"), narrate)
+    kept = os.environ.get("CONSERVE_TESTBED")
+    if kept is not None:
+        bed = testbed.attach(Path(kept))
+    else:
+        bed = testbed.open_testbed(tmp_path_factory.mktemp("sglang"), narrate)
     pytestconfig.stash[_BED] = bed
     try:
         yield bed
     finally:
-        bed.close()
+        if kept is not None:
+            bed.acks.close()
+        else:
+            bed.close()
 
 
 _BED = pytest.StashKey[Any]()

@@ -114,6 +114,7 @@ async def test_a_hand_off(
     messages = [{"role": "user", "content": "Explain the ledger. " * 400}]
     ids = (await prefiller.ok("/v1/tokenize", {"messages": messages}))["tokens"]
     body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 0}, "rid": "turn-1"}
+    body["routing_key"] = "a conversation"
     call = asyncio.create_task(prefiller.ok("/generate", body))
     await clock.armed()
     while prefiller.engine.service.runtime.rids():
@@ -157,9 +158,9 @@ async def test_a_prompt_below_a_page_is_not_handed_over(
     start_engine: Any, ack_server: Any, tmp_path: Path
 ) -> None:
     prefiller = await start_engine(role="prefill", store_dir=tmp_path, ack_url=ack_server.url)
-    params = {"max_new_tokens": 0}
-    await prefiller.ok("/generate", {"input_ids": [1] * 63, "sampling_params": params})
-    await prefiller.ok("/generate", {"input_ids": [1] * 64, "sampling_params": params})
+    body = {"sampling_params": {"max_new_tokens": 0}, "routing_key": "c"}
+    await prefiller.ok("/generate", {**body, "input_ids": [1] * 63})
+    await prefiller.ok("/generate", {**body, "input_ids": [1] * 64})
     await ack_server.wait(1)
     assert [ack["tokens"] for ack in ack_server.received] == [64]
 

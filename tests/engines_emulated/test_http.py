@@ -30,7 +30,7 @@ async def test_what_the_driver_reads_when_an_engine_joins(engine: Any) -> None:
         await engine.ok("/generate", {"text": "x" * 4000, "sampling_params": {"max_new_tokens": 8}})
         loads = await driver.loads()
         assert loads.prefill_tokens == 1000
-        assert loads.decode_steps == 7
+        assert loads.decode_steps == 6  # the first of the seven follows none
         occupancy = await driver.occupancy()
         assert occupancy is not None
         assert (occupancy.kv_used_tokens, occupancy.kv_evictable_tokens) == (0, 960)
@@ -88,7 +88,7 @@ async def test_generate_from_text_and_from_ids(engine: Any) -> None:
     assert meta["id"] == "r1"
     assert meta["finish_reason"] == {"type": "length", "length": 5}
     assert (meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"]) == (2, 5, 0)
-    assert meta["cached_tokens_details"] == {"device": 0, "host": 0}
+    assert meta["cached_tokens_details"] is None  # nothing was cached
     assert tk.decode(told["output_ids"]) == told["text"]
     batch = {"input_ids": [[1, 2, 3], [4, 5]], "sampling_params": params, "rid": "b"}
     both = await engine.ok("/generate", batch)
@@ -181,7 +181,7 @@ async def test_a_stream_tells_its_ids_and_cached_tokens_on_demand(engine: Any) -
     sglext = events[-1]["sglext"]
     text = "".join(e["choices"][0]["delta"].get("content") or "" for e in events[:-1])
     assert tk.decode(sglext["output_ids"][0]) == text
-    assert sglext["cached_tokens_details"] == {"device": 0, "host": 0}
+    assert "cached_tokens_details" not in sglext  # nothing was cached
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,7 @@ async def test_refusals_have_the_error_shape_of_openai_endpoints(
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("/generate", {}, "Either text, input_ids"),
-        ("/generate", {"text": "a", "input_ids": [1]}, "Either text, input_ids"),
+        ("/generate", {}, "At least one of text, input_ids"),
         ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": -1}}, "at least 0"),
         ("/generate", {"text": "a", "sampling_params": {"stop": 5}}, "sampling_params: "),
         ("/generate", {"text": ["a", "b"], "rid": ["x"]}, "1 ids for 2 prompts"),

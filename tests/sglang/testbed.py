@@ -2,6 +2,11 @@
 
 Loaded by ``tests/conftest.py``. Engines run in the environment that ``make test-sglang`` makes
 (``.venv-sglang``); nothing of SGLang is imported here.
+
+Starting takes a minute or more. While writing tests, keep engines running between runs::
+
+    python tests/sglang/testbed.py FOLDER &     # until it is interrupted
+    CONSERVE_TESTBED=FOLDER python -m pytest -m sglang tests/sglang/test_....py
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -108,6 +114,15 @@ class Engine:
     environment: Mapping[str, str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    pid: int | None = None  # also its group
+    keeper: Path | None = None  # who starts it, where `attach` found it
+
+    @property
+    def alive(self) -> bool:
+        """Whether its first process lives."""
+        if self.process is not None:
+            return self.process.poll() is None
+        return self.pid is not None and _group_lives(self.pid)
 
     @property
     def url(self) -> str:
@@ -115,7 +130,10 @@ class Engine:
 
     def start(self) -> None:
         """Start the process; returns at once."""
-        assert self.process is None, f"{self.name} runs already"
+        assert self.pid is None, f"{self.name} runs already"
+        if self.keeper is not None:
+            self._started_by_keeper(self.keeper)
+            return
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 -- our own command
                 self.command,
@@ -126,6 +144,7 @@ class Engine:
                 start_new_session=True,  # a group of its own, to be killed as one
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 -- one prctl, no locks
             )
+        self.pid = self.process.pid
 
     def wait_ready(self) -> None:
         """Until it is healthy.
@@ -135,9 +154,8 @@ class Engine:
         """
         until = time.monotonic() + START_TIMEOUT_S
         while True:
-            assert self.process is not None
-            if self.process.poll() is not None:
-                raise EngineError(f"{self.name} ended with {self.process.returncode}{self.tail()}")
+            if not self.alive:
+                raise EngineError(f"{self.name} ended before it was ready{self.tail()}")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self.call("GET", "/health", timeout_s=30)
                 return
@@ -153,15 +171,20 @@ class Engine:
 
     def kill(self) -> None:
         """End the whole group at once, as a crash would; returns when all of it is gone."""
-        if self.process is None:
+        if self.pid is None:
             return
-        group = self.process.pid
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        self.process.wait()
-        while _group_lives(group):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+        while _group_lives(self.pid):
             time.sleep(0.01)
-        self.process = None
+        self.process = self.pid = None
+
+    def _started_by_keeper(self, folder: Path) -> None:
+        while self.pid is None or not self.alive:
+            time.sleep(0.1)
+            self.pid = json.loads((folder / "bed.json").read_text())["engines"][self.name]["pid"]
 
     def call(
         self, method: str, path: str, body: object = None, *, timeout_s: float = 120.0
@@ -212,7 +235,7 @@ class AckDesk:
         dropping: take them, and tell nobody.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.received: list[dict[str, Any]] = []
         self.dropping = False
         self._target: str | None = None
@@ -233,9 +256,10 @@ class AckDesk:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/conserve/v1/handoffs"
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/conserve/v1/handoffs"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def forward_to(self, url: str | None) -> None:
@@ -272,7 +296,7 @@ class AckDesk:
 
     def close(self) -> None:
         self._server.shutdown()
-        self._server.server_close()
+        self._server.server_close()  # the port may be taken again at once
 
     def _take(self, body: bytes) -> int:
         with self._changed:
@@ -388,7 +412,7 @@ class Testbed:
 
     def revive(self) -> None:
         """Start again whatever a test killed, all at once."""
-        dead = [e for e in self.engines.values() if not _lives(e)]
+        dead = [engine for engine in self.engines.values() if not engine.alive]
         for engine in dead:
             engine.kill()
             engine.start()
@@ -410,6 +434,45 @@ class Testbed:
         return "".join(engine.tail() for engine in self.engines.values())
 
 
+def attach(folder: Path) -> Testbed:
+    """The engines that another process keeps running in ``folder``; see the module."""
+    kept = json.loads((folder / "bed.json").read_text())
+    bed = Testbed(folder, folder / "model", AckDesk(kept["ack_port"]))
+    for name, fields in kept["engines"].items():
+        fields["log"] = Path(fields["log"])
+        environment = engine_environment(folder)
+        bed.engines[name] = Engine(name, environment=environment, keeper=folder, **fields)
+    return bed
+
+
+def keep(folder: Path) -> None:
+    """Start the engines, say where they are, and keep them alive until interrupted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bed = open_testbed(folder, print)
+    bed.acks.close()  # its port is for those who attach
+    file = folder / "bed.json"
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        while True:
+            for engine in bed.engines.values():
+                if not engine.alive:
+                    engine.kill()
+                    engine.start()
+            engines = {
+                name: {"port": e.port, "pid": e.pid, "command": e.command, "log": str(e.log)}
+                for name, e in bed.engines.items()
+            }
+            temporary = file.with_suffix(".new")
+            temporary.write_text(json.dumps({"ack_port": bed.acks.port, "engines": engines}))
+            temporary.replace(file)
+            if signal.sigtimedwait({signal.SIGINT, signal.SIGTERM}, 0.5) is not None:
+                return
+    finally:
+        file.unlink(missing_ok=True)
+        for engine in bed.engines.values():
+            engine.kill()
+
+
 def open_testbed(folder: Path, narrate: Callable[[str], None]) -> Testbed:
     """One prefiller and two decoders, ready.
 
@@ -426,10 +489,6 @@ def open_testbed(folder: Path, narrate: Callable[[str], None]) -> Testbed:
         raise
     narrate(f"three SGLang engines ready after {time.monotonic() - began:.0f} s; logs: {folder}")
     return bed
-
-
-def _lives(engine: Engine) -> bool:
-    return engine.process is not None and engine.process.poll() is None
 
 
 def _group_lives(group: int) -> bool:
@@ -458,3 +517,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _die_with_parent() -> None:
     """In the child: be killed when pytest is (SGLang's own children do the same)."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    keep(Path(sys.argv[1]).absolute())

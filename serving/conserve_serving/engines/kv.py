@@ -362,6 +362,28 @@ class KvPool:
         self._nodes -= 1
         node.tokens = 0
 
+    def drop(self, node: Node) -> bool:
+        """Let a path's KV leave both tiers, from ``node`` up to where something else needs it.
+
+        Returns:
+            False when a request is using it: ask again when that has ended.
+        """
+        while node is not self._root and node.tokens:
+            if node.children or node.session_refs:
+                return True
+            if node.locks:
+                return False
+            parent = node.parent
+            if node.on_device:
+                self.evictable_tokens -= node.tokens
+                parent.device_children -= 1
+            else:
+                self.host_used_tokens -= node.tokens
+            self._unlink(node)
+            self._offer(parent)
+            node = parent
+        return True
+
     def _offer(self, node: Node) -> None:
         """Enter the node in its tier's order of eviction, if it is a leaf there."""
         if node.is_leaf():

@@ -113,15 +113,13 @@ class Sessions:
         self.leaves[session] = set()
         return True
 
-    def close(self, session: str) -> bool:
-        """Forget a session and its marks; False when it was not open."""
+    def close(self, session: str) -> set[Node] | None:
+        """Forget a session; the deepest nodes of its KV, or None when it was not open."""
         leaves = self.leaves.pop(session, None)
-        if leaves is None:
-            return False
-        for leaf in leaves:
+        for leaf in leaves or ():
             self._unmark(session, leaf)
             self._count(leaf, -1)
-        return True
+        return leaves
 
     def reach(self, session: str, node: Node) -> None:
         """The session's KV now reaches ``node``; a mark above it moves down to it."""

@@ -23,6 +23,9 @@ Rules, those of SGLang 0.5.23 with ``--enable-mixed-chunk`` and priority schedul
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Final
+
 from conserve_serving.engines.content import Prompt
 from conserve_serving.engines.errors import (
     DuplicateRequestError,
@@ -31,6 +34,7 @@ from conserve_serving.engines.errors import (
     ModelMisuseError,
 )
 from conserve_serving.engines.kv import KvPool
+from conserve_serving.engines.kv_nodes import Node
 from conserve_serving.engines.links import SerialLink
 from conserve_serving.engines.model_batch import DecodeBatch, State, Work, plan_burst
 from conserve_serving.engines.model_check import check_request
@@ -51,6 +55,9 @@ from conserve_serving.engines.model_types import (
 from conserve_serving.engines.power import EnergyMeter
 from conserve_serving.engines.profile import HardwareProfile
 from conserve_serving.engines.steptime import StepTimes
+
+#: Closed sessions whose KV is still known as theirs (as our SGLang plug-in remembers them).
+_MOST_CLOSED: Final = 8192
 
 
 class EngineModel:
@@ -87,6 +94,8 @@ class EngineModel:
         self._step: Step | None = None
         self._chunks: list[tuple[Work, int]] = []
         self._prefill_share = 0.0
+        self._closed: OrderedDict[str, set[Node]] = OrderedDict()  # KV of sessions closed lately
+        self._leaving: list[Node] = []  # of it, what is to leave and still in use
         self._events: list[ModelEvent] = []
         self._now_s = 0.0
         self._arrivals = 0
@@ -150,6 +159,7 @@ class EngineModel:
             self._desk.leave(work, work.fill_tokens, work.computed_tokens)
         else:  # queued: it holds nothing; loading: what is on the link is not there yet
             self._desk.leave(work, work.fill_tokens, work.node_tokens)
+        self._let_leave()
         return True
 
     def open_session(self, session_id: str, *, now_s: float) -> bool:
@@ -160,7 +170,22 @@ class EngineModel:
     def close_session(self, session_id: str, *, now_s: float) -> bool:
         """End the protection; False when the session was not open. Running requests go on."""
         self._advance(now_s)
-        return self.pool.sessions.close(session_id)
+        leaves = self.pool.sessions.close(session_id)
+        if leaves:
+            self._closed[session_id] = leaves
+            self._closed.move_to_end(session_id)
+            if len(self._closed) > _MOST_CLOSED:
+                self._closed.popitem(last=False)
+        return leaves is not None
+
+    def free_session(self, session_id: str, *, now_s: float) -> None:
+        """Let a closed session's KV leave device and host, once nobody uses it."""
+        self._advance(now_s)
+        self._leaving += self._closed.pop(session_id, ())
+        self._let_leave()
+
+    def _let_leave(self) -> None:
+        self._leaving = [node for node in self._leaving if not self.pool.drop(node)]
 
     def flush(self, *, now_s: float) -> bool:
         """Drop all idle KV, on the device and on the host; open sessions stay open, and empty.
@@ -177,6 +202,8 @@ class EngineModel:
             old.dropped_tokens_total + old.evictable_tokens + old.host_used_tokens
         )
         self._desk = Desk(self.profile, self.config, self.pool)
+        self._closed.clear()
+        self._leaving.clear()
         for session_id in sessions:
             self.pool.sessions.open(session_id)
         return True
@@ -421,3 +448,4 @@ class EngineModel:
             )
         )
         self._desk.leave(work, allocated_tokens, work.fill_tokens)
+        self._let_leave()

@@ -20,8 +20,10 @@ class Counters:
         self._prefill_steps = self._prefill_tokens = 0
         self._prefill_s = 0.0
         self._decode_steps = self._decode_kv_tokens = 0
-        self._decode_s = self._decode_batch_s = 0.0
-        self._decode_batch_sum = self._decode_batch_sq_sum = 0
+        self._decode_s = 0.0
+        self._decode_batch_sum = 0
+        self._moments = [0.0] * 6
+        self._decoded_until_s: float | None = None  # end of the last step, if it was decode only
         self._mixed_steps = self._mixed_kv_tokens = self._mixed_prefill_tokens = 0
         self._mixed_batch_sum = 0
         self._mixed_s = 0.0
@@ -33,9 +35,11 @@ class Counters:
             self._decode_s += step.duration_s
             self._decode_kv_tokens += step.decode_kv_tokens
             self._decode_batch_sum += step.steps * step.decode_batch
-            self._decode_batch_sq_sum += step.steps * step.decode_batch**2
-            self._decode_batch_s += step.decode_batch * step.duration_s
-        elif step.decode_batch:
+            self._moment(step)
+            self._decoded_until_s = step.end_s
+            return
+        self._decoded_until_s = None
+        if step.decode_batch:
             self._mixed_steps += 1
             self._mixed_s += step.duration_s
             self._mixed_kv_tokens += step.decode_kv_tokens
@@ -45,6 +49,14 @@ class Counters:
             self._prefill_steps += 1
             self._prefill_s += step.duration_s
             self._prefill_tokens += step.prefill_tokens
+
+    def _moment(self, step: Step) -> None:
+        """SGLang times decode by its cadence: a step that no decode step led up to has none."""
+        follows = self._decoded_until_s == step.start_s
+        steps = step.steps if follows else step.steps - 1
+        batch, us = step.decode_batch, step.duration_s * 1e6 * steps / step.steps
+        terms = (steps, steps * batch, us, steps * batch**2, batch * us, steps * batch)
+        self._moments = [total + term for total, term in zip(self._moments, terms, strict=True)]
 
     def cached(self, work: Work) -> None:
         """Count a prompt's cached tokens, once, when its prefill is complete."""
@@ -62,8 +74,7 @@ class Counters:
             decode_s=self._decode_s,
             decode_kv_tokens=self._decode_kv_tokens,
             decode_batch_sum=self._decode_batch_sum,
-            decode_batch_sq_sum=self._decode_batch_sq_sum,
-            decode_batch_s=self._decode_batch_s,
+            decode_moments=tuple(self._moments),
             mixed_steps=self._mixed_steps,
             mixed_s=self._mixed_s,
             mixed_kv_tokens=self._mixed_kv_tokens,

@@ -158,7 +158,10 @@ ModelEvent = PrefillDone | TokensEmitted | RequestFinished | PagesStored | Retra
 class StepCounters:
     """Sums since the engine started; prefill beside decode counts as mixed, and only there.
 
-    ``decode_moments`` and the two totals have the meaning of SGLang's ``/v1/loads``.
+    Attributes:
+        decode_moments: SGLang's, as in ``/v1/loads``: ``[steps, Σbatch, Σµs, Σbatch², Σbatch·µs,
+            Σgenerated]`` over the steps without prefill that followed another such step. The two
+            totals below have the meaning they have there, too.
     """
 
     prefill_steps: int
@@ -168,8 +171,7 @@ class StepCounters:
     decode_s: float
     decode_kv_tokens: int
     decode_batch_sum: int
-    decode_batch_sq_sum: int
-    decode_batch_s: float
+    decode_moments: tuple[float, ...]
     mixed_steps: int
     mixed_s: float
     mixed_kv_tokens: int
@@ -185,18 +187,6 @@ class StepCounters:
     def total_prefill_busy_us(self) -> int:
         """Microseconds of all steps with prefill in them (SGLang counts mixed steps here)."""
         return round((self.prefill_s + self.mixed_s) * 1e6)
-
-    @property
-    def decode_moments(self) -> tuple[float, ...]:
-        """``[steps, Σbatch, Σµs, Σbatch², Σbatch·µs, Σgenerated]`` over steps without prefill."""
-        return (
-            float(self.decode_steps),
-            float(self.decode_batch_sum),
-            self.decode_s * 1e6,
-            float(self.decode_batch_sq_sum),
-            self.decode_batch_s * 1e6,
-            float(self.decode_batch_sum),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,6 +197,8 @@ class VirtualCluster:
         elif isinstance(decision, Park | Release):
             engine = self._engines[decision.engine]
             engine.model.close_session(decision.conversation, now_s=self.now_s)
+            if isinstance(decision, Release):
+                engine.model.free_session(decision.conversation, now_s=self.now_s)
         elif isinstance(decision, WakeAt):
             self._wake_s = at_s = decision.at_s
             self._at(at_s, lambda: self._fire(at_s))

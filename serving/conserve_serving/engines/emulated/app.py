@@ -265,7 +265,7 @@ class EngineApp:
 
     async def _close_session(self, call: Call) -> None:
         request = parse(await read_body(call.receive), CloseSessionRequest)
-        if not self._service.sessions.close(request.session_id):
+        if not self._service.close_session(request.session_id):
             _log.warning("session id %s does not exist, cannot delete.", request.session_id)
         await send_empty(call.send)
 

@@ -15,7 +15,12 @@ from conserve_serving.engines.emulated.protocol import ChatRequest
 from conserve_serving.engines.emulated.script import answer_chat, seed_of
 from conserve_serving.engines.emulated.service import EngineService
 from conserve_serving.engines.emulated.template import text_of
-from conserve_serving.engines.emulated.usage import cached_details, response_head, usage_of
+from conserve_serving.engines.emulated.usage import (
+    cached_details,
+    response_head,
+    usage_of,
+    weight_metadata,
+)
 
 _encode = msgspec.json.encode
 
@@ -144,7 +149,7 @@ class ChatExchange(Exchange):
             **self._object("chat.completion"),
             "choices": [choice],
             "usage": usage_of(self.generations),
-            "metadata": {"weight_version": "default"},
+            "metadata": weight_metadata(self.generations[0]),
         }
         if sglext := {**self._details(), **self._ids()}:
             result["sglext"] = sglext
@@ -229,9 +234,8 @@ class ChatExchange(Exchange):
         if not self._request.return_cached_tokens_details:
             return {}
         with_storage = self.service.store is not None
-        return {
-            "cached_tokens_details": cached_details(self._generation, with_storage=with_storage)
-        }
+        details = cached_details(self._generation, with_storage=with_storage)
+        return {"cached_tokens_details": details} if details else {}
 
 
 def _frame(content: dict[str, Any]) -> bytes:

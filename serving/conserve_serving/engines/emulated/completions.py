@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -25,9 +25,17 @@ from conserve_serving.engines.emulated.protocol import (
 from conserve_serving.engines.emulated.runtime import Generation
 from conserve_serving.engines.emulated.script import answer_completion, seed_of
 from conserve_serving.engines.emulated.service import EngineService
-from conserve_serving.engines.emulated.usage import cached_details, response_head, usage_of
+from conserve_serving.engines.emulated.usage import (
+    cached_details,
+    response_head,
+    usage_of,
+    weight_metadata,
+)
 
 _encode = msgspec.json.encode
+
+#: What of a prompt decides its continuation.
+_TAIL_TOKENS: Final = 4096
 
 
 class CompletionExchange(Exchange):
@@ -56,8 +64,9 @@ class CompletionExchange(Exchange):
             response_format = format_of(request.json_schema)
         work = []
         for text, ids in self._prompts:
-            seed = seed_of(text[-256:]) if text else seed_of(str(ids[-32:].tolist()))
-            work.append((ids, answer_completion(text or str(seed), response_format), seed))
+            tail = text or tail_text(ids)  # the same prompt, the same answer
+            reply = answer_completion(tail, response_format)
+            work.append((ids, reply, seed_of(tail[-256:])))
         submit_all(
             self,
             work,
@@ -84,8 +93,8 @@ class CompletionExchange(Exchange):
         for index, generation in enumerate(self.generations):
             self._events_of(index, generation, parts)
         if self.ended:
-            if self._request.return_cached_tokens_details:
-                parts.append(self._frame({**self._object([]), "sglext": self._sglext()}))
+            if sglext := self._sglext():
+                parts.append(self._frame({**self._object([]), "sglext": sglext}))
             if self._usage_last:
                 usage = usage_of(self.generations)
                 del usage["completion_tokens_details"]
@@ -108,10 +117,10 @@ class CompletionExchange(Exchange):
         result = {
             **self._object(choices),
             "usage": usage_of(self.generations),
-            "metadata": {"weight_version": "default"},
+            "metadata": weight_metadata(self.generations[0]),
         }
-        if self._request.return_cached_tokens_details:
-            result["sglext"] = self._sglext()
+        if sglext := self._sglext():
+            result["sglext"] = sglext
         return result
 
     def _events_of(self, index: int, generation: Generation, parts: list[bytes]) -> None:
@@ -153,7 +162,8 @@ class CompletionExchange(Exchange):
     def _sglext(self) -> dict[str, Any]:
         with_storage = self.service.store is not None
         details = cached_details(self.generations[0], with_storage=with_storage)
-        return {"cached_tokens_details": details}
+        asked = self._request.return_cached_tokens_details
+        return {"cached_tokens_details": details} if asked and details else {}
 
     def _prompt_text(self, index: int) -> str:
         text, ids = self._prompts[index]
@@ -162,6 +172,11 @@ class CompletionExchange(Exchange):
     @staticmethod
     def _frame(content: dict[str, Any]) -> bytes:
         return b"data: " + _encode(content) + b"\n\n"
+
+
+def tail_text(ids: array[int]) -> str:
+    """The end of a prompt, as text; ids that are out of range are refused later."""
+    return tk.decode(one for one in ids[-_TAIL_TOKENS:] if one < tk.VOCAB_SIZE)
 
 
 def sampling_params(

@@ -65,6 +65,7 @@ def submit_all(
     priority: int | None,
     extra_key: str | None,
     cache_salt: str | None,
+    conversation: str | None = None,
 ) -> None:
     """Submit prompts (ids, reply, seed) and put their generations into the exchange.
 
@@ -87,6 +88,7 @@ def submit_all(
                     priority=priority or 0,
                     extra_key=extra_key,
                     cache_salt=cache_salt,
+                    conversation=conversation,
                     signal=exchange.signal,
                     each_token=exchange.streaming,
                 )

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import msgspec
 
+from conserve_serving.engines.emulated import tokenizer as tk
+from conserve_serving.engines.emulated.completions import tail_text
 from conserve_serving.engines.emulated.errors import ApiError
 from conserve_serving.engines.emulated.exchange import (
     DONE,
@@ -18,7 +20,6 @@ from conserve_serving.engines.emulated.protocol import GenerateRequest, Sampling
 from conserve_serving.engines.emulated.runtime import Generation
 from conserve_serving.engines.emulated.script import answer_completion, seed_of
 from conserve_serving.engines.emulated.service import EngineService
-from conserve_serving.engines.emulated.tokenizer import encode
 from conserve_serving.engines.emulated.usage import meta_info
 
 #: SGLang's default of ``sampling_params.max_new_tokens``.
@@ -48,9 +49,9 @@ class GenerateExchange(Exchange):
         params = [_params(one) for one in each]
         work = []
         for (text, ids), one in zip(prompts, params, strict=True):
-            seed = seed_of(text[-256:]) if text else seed_of(str(ids[-32:].tolist()))
-            reply = answer_completion(text or str(seed), format_of(one.json_schema))
-            work.append((ids, reply, seed))
+            tail = text or tail_text(ids)
+            reply = answer_completion(tail, format_of(one.json_schema))
+            work.append((ids, reply, seed_of(tail[-256:])))
         self._shown = [-1] * len(work)
         submit_all(
             self,
@@ -63,6 +64,7 @@ class GenerateExchange(Exchange):
             priority=request.priority,
             extra_key=request.extra_key,
             cache_salt=request.cache_salt,
+            conversation=request.routing_key,
         )
 
     def events(self) -> bytes:
@@ -100,13 +102,11 @@ class GenerateExchange(Exchange):
 
 
 def _prompts(request: GenerateRequest) -> tuple[list[tuple[str, Any]], bool]:
-    if (request.text is None) == (request.input_ids is None):
-        raise ApiError(
-            "Either text, input_ids or input_embeds should be provided, and only one of them."
-        )
-    if request.text is not None:
+    if request.text is None and request.input_ids is None:
+        raise ApiError("At least one of text, input_ids, or input_embeds should be provided.")
+    if request.text is not None and request.input_ids is None:  # of both, SGLang takes the ids
         texts = [request.text] if isinstance(request.text, str) else request.text
-        return [(text, encode(text)) for text in texts], isinstance(request.text, list)
+        return [(text, tk.encode(text)) for text in texts], isinstance(request.text, list)
     given = request.input_ids or []
     batched = bool(given) and isinstance(given[0], list)
     lists = given if batched else [given]

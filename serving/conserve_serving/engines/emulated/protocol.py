@@ -97,10 +97,10 @@ class _Common(msgspec.Struct):
     priority: int | None = None
 
 
-class ChatRequest(_Common):
+class ChatRequest(_Common, kw_only=True):
     """Body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = msgspec.field(default_factory=list)
+    messages: list[Message]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
@@ -150,6 +150,7 @@ class GenerateRequest(msgspec.Struct):
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
     stream: bool = False
     return_logprob: bool | list[bool] | None = None
+    routing_key: str | None = None
     rid: str | list[str] | None = None
     session_id: str | None = None
     session_params: dict[str, Any] | None = None

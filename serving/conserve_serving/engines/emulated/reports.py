@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -81,6 +82,7 @@ def server_info(service: EngineService) -> dict[str, Any]:
         "hicache_write_policy": "write_through",
         "hicache_mem_layout": "page_first",
         "hicache_storage_backend": "dynamic" if service.store is not None else None,
+        "hicache_storage_backend_extra_config": _store_config(service),
         "enable_session_radix_cache": config.session_protection,
         "enable_streaming_session": False,
         "disaggregation_mode": "null",
@@ -92,6 +94,22 @@ def server_info(service: EngineService) -> dict[str, Any]:
         "frontend": "python",
         "conserve": _conserve(service, stats),
     }
+
+
+def _store_config(service: EngineService) -> str | None:
+    """The hand-off store's settings, as SGLang repeats what it was started with."""
+    if service.store is None:
+        return None
+    config = service.config
+    return json.dumps(
+        {
+            "module_path": "conserve_serving.engines.emulated.store",
+            "class_name": "HandoffStore",
+            "role": config.role.value,
+            "engine": config.engine_id,
+            "ack_url": config.ack_url or "",
+        }
+    )
 
 
 def _conserve(service: EngineService, stats: ModelStats) -> dict[str, Any]:

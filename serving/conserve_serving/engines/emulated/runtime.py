@@ -238,6 +238,10 @@ class EngineRuntime:
         self._kick()
         return closed
 
+    def free_session(self, session_id: str) -> None:
+        """See the model."""
+        self._model.free_session(session_id, now_s=self.now_s())
+
     def flush(self) -> bool:
         """Drop all idle KV; False, and nothing done, while requests are in the engine."""
         return self._model.flush(now_s=self.now_s())

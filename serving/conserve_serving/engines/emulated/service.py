@@ -34,6 +34,7 @@ from conserve_serving.engines.errors import ModelError
 from conserve_serving.engines.model import EngineModel
 from conserve_serving.engines.model_types import ModelConfig, ModelRequest, PagesStored
 from conserve_serving.engines.profile import load_profile
+from conserve_serving.engines.sglang import marks
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class Submission:
         seed: varies filler text.
         rid: request id; None: one is made.
         extra_key, cache_salt: cache namespace.
+        conversation: whose prompt it is: the store keeps it until that is over, and says when it
+            is there. SGLang's field for it is ``routing_key``.
         each_token: wake ``signal`` at every token rather than at the end only.
     """
 
@@ -76,6 +79,7 @@ class Submission:
     cache_salt: str | None
     signal: Signal
     each_token: bool
+    conversation: str | None = None
 
 
 class EngineService:
@@ -142,7 +146,8 @@ class EngineService:
         self.link = self.profile.link()
         self.kv_capacity_tokens = self.runtime.stats().capacity_tokens
         self.context_length = self.profile.max_context_tokens
-        self._leaving: dict[str, str] = {}  # rid → key of a prompt on its way to the store
+        #: rid → key and conversation of a prompt on its way to the store
+        self._leaving: dict[str, tuple[str, str | None]] = {}
 
     @property
     def max_req_input_len(self) -> int:
@@ -238,7 +243,7 @@ class EngineService:
         except ModelError as error:
             raise ApiError(str(error)) from error
         if self.store is not None and self.config.role.writes and prompt.last_key is not None:
-            self._leaving[rid] = prompt.last_key
+            self._leaving[rid] = (prompt.last_key, submission.conversation)
         return generation
 
     def abort(self, rid: str, *, everything: bool = False) -> int:
@@ -253,6 +258,21 @@ class EngineService:
         if self.runtime.abort(rid):
             self._leaving.pop(rid, None)
 
+    def close_session(self, name: str) -> bool:
+        """End a session, or what the mark behind its name says (``engines.sglang.marks``).
+
+        Returns:
+            False when there is no such session.
+        """
+        session_id, mark = marks.split(name)
+        if mark is None or self.store is None:
+            return self.sessions.close(name)
+        if mark == marks.FREE:
+            self.runtime.free_session(session_id)
+        else:
+            self.store.forget(session_id)
+        return True
+
     async def close(self) -> None:
         """Abort everything, give up what has not been acknowledged."""
         self.runtime.close()
@@ -260,16 +280,17 @@ class EngineService:
             await self.acks.close()
 
     def _stored(self, stored: PagesStored) -> None:
-        key, tokens = self._leaving.pop(stored.rid, None), stored.tokens
-        if key is None or self.store is None:
+        leaving, tokens = self._leaving.pop(stored.rid, None), stored.tokens
+        if leaving is None or self.store is None:
             return
+        key, conversation = leaving
         try:
-            self.store.write(key, tokens)
+            self.store.write(key, tokens, conversation)
         except StoreError as error:
             _log.error("%s: %s", self.config.engine_id, error)
             return
         self.counters.backed_up_tokens += tokens
-        if self.acks is not None:
+        if self.acks is not None and conversation is not None:
             self.acks.send(key=key, tokens=tokens, duration_s=stored.duration_s)
 
     def _ended(self, generation: Generation) -> None:

@@ -8,6 +8,8 @@ carries a stamp, and so does the folder, compared when an engine starts.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 _STAMP_FILE: Final = "stamp.json"
 _SUFFIX: Final = ".kv.json"
+#: Of each conversation, the keys of its hand-offs.
+_CLAIMS: Final = ".keys"
 #: Most hand-offs written between two rounds of removal, which look at every file.
 _MOST_WRITES_PER_SWEEP: Final = 256
 _MOST_ANSWERS: Final = 65_536
@@ -81,8 +85,11 @@ class HandoffStore:
         except OSError as error:
             raise StoreError(f"store {folder} cannot be used: {error}") from error
 
-    def write(self, key: str, tokens: int) -> None:
+    def write(self, key: str, tokens: int, conversation: str | None = None) -> None:
         """Publish a hand-off: the first ``tokens`` tokens of the prompt ``key`` names are here.
+
+        Args:
+            conversation: whose it is; `forget` removes it.
 
         Raises:
             StoreError: the file cannot be written (disk full, folder gone).
@@ -92,15 +99,33 @@ class HandoffStore:
             "pages": tokens // self._stamp.page_size,
             **asdict(self._stamp),
             "engine": self._engine_id,
+            "conversation": conversation,
             "written_at_s": self._clock(),
         }
         try:
             self._publish(self._path(key), content)
+            if conversation is not None:
+                with self._claims(conversation).open("a") as claims:
+                    claims.write(f"{key}\n")
         except OSError as error:
             raise StoreError(f"hand-off {key} cannot be written: {error}") from error
         self._writes += 1
         if self._writes % self._writes_per_sweep == 0:
             self.sweep()
+
+    def forget(self, conversation: str) -> None:
+        """A conversation is over: its hand-offs go, but for those another one has since."""
+        claims = self._claims(conversation)
+        try:
+            keys = claims.read_text().split()
+        except FileNotFoundError:
+            return
+        for key in set(keys):
+            path = Path(self._path(key))
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                if json.loads(path.read_bytes())["conversation"] == conversation:
+                    path.unlink()
+        claims.unlink(missing_ok=True)
 
     def stored_tokens(self, prompt: TokenPrompt) -> int:
         """Leading tokens of ``prompt`` the store holds: its longest stored prefix.
@@ -140,7 +165,7 @@ class HandoffStore:
         found: list[tuple[float, str]] = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                if not entry.name.endswith((_SUFFIX, ".tmp")):
+                if not entry.name.endswith((_SUFFIX, _CLAIMS, ".tmp")):
                     continue
                 try:
                     found.append((entry.stat().st_mtime, entry.path))
@@ -156,6 +181,10 @@ class HandoffStore:
             Path(path).unlink(missing_ok=True)
             removed += 1
         return removed
+
+    def _claims(self, conversation: str) -> Path:
+        name = hashlib.blake2b(conversation.encode(), digest_size=16).hexdigest()
+        return self._folder / f"{name}{_CLAIMS}"
 
     def _path(self, key: str) -> str:
         return f"{self._folder}/{key}{_SUFFIX}"

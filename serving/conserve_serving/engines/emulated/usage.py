@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from conserve_serving.engines.emulated.runtime import Generation
+from conserve_serving.engines.emulated.store import HandoffStore
 
 
 def usage_of(generations: Sequence[Generation]) -> dict[str, Any]:
@@ -23,16 +24,21 @@ def usage_of(generations: Sequence[Generation]) -> dict[str, Any]:
     }
 
 
-def cached_details(generation: Generation, *, with_storage: bool) -> dict[str, Any]:
-    """Cached prompt tokens by where they came from; storage only where there is a store."""
+def cached_details(generation: Generation, *, with_storage: bool) -> dict[str, Any] | None:
+    """Cached prompt tokens by where they came from; storage only where there is a store.
+
+    None where nothing was cached.
+    """
     found = generation.prefill
+    if found is None or not generation.cached_tokens:
+        return None
     details: dict[str, Any] = {
-        "device": found.cached_device_tokens if found else 0,
-        "host": found.cached_host_tokens if found else 0,
+        "device": found.cached_device_tokens,
+        "host": found.cached_host_tokens,
     }
     if with_storage:
-        details["storage"] = found.cached_storage_tokens if found else 0
-        details["storage_backend"] = "dynamic"
+        details["storage"] = found.cached_storage_tokens
+        details["storage_backend"] = HandoffStore.__name__
     return details
 
 
@@ -42,13 +48,19 @@ def meta_info(generation: Generation, *, with_storage: bool, now_s: float) -> di
         "id": generation.rid,
         "finish_reason": generation.finish if generation.ended else None,
         "prompt_tokens": generation.prompt_tokens,
-        "weight_version": "default",
-        "total_retractions": generation.retractions,
+        **weight_metadata(generation),
+        "num_retractions": generation.retractions,
         "completion_tokens": generation.emitted,
         "cached_tokens": generation.cached_tokens,
         "cached_tokens_details": cached_details(generation, with_storage=with_storage),
         "e2e_latency": now_s - generation.submitted_s,
     }
+
+
+def weight_metadata(generation: Generation) -> dict[str, Any]:
+    """The ``metadata`` of an OpenAI response: one version of the weights, for every token."""
+    spans = [{"version": "default", "start": 0, "end": generation.emitted}]
+    return {"weight_version": "default", "weight_versions": spans}
 
 
 def response_head(generation: Generation, kind: str, created: int, model: str) -> dict[str, Any]:
