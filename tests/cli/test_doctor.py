@@ -205,6 +205,8 @@ def test_engines_of_other_machines_are_not_looked_for_here(machine: Machine) -> 
 def test_store(machine: Machine, model: Path, tmp_path: Path) -> None:
     small = dataclasses.replace(machine, free_bytes=lambda folder: 64 * 1024**2)
     assert any("67 MB free" in what for what in warned(check_machine(tiers(model), small)))
+    short = tiers(model, before="[scheduler]\nhandoff_floor_tokens = 16\n")
+    assert any("first turns of 16 to 256" in what for what in warned(check_machine(short, machine)))
     shared = tiers(model, before=f'[handoff]\npath = "{tmp_path}/kv"\n')
     assert works(check_machine(shared, machine))
     assert any("67 MB free; full stores" in w for w in warned(check_machine(shared, small)))

@@ -96,6 +96,8 @@ def test_count_and_tp_follow_from_gpus() -> None:
 def test_prefillers_that_host_conversations_keep_them() -> None:
     found = engines(config(before='[scheduler]\ntier_mode = "hosting"\n'))
     assert [(e.role, e.keeps_conversations) for e in found] == [("both", True), ("decode", True)]
+    found = engines(config(before='[scheduler]\npolicy = "collocated"\n'))
+    assert [e.keeps_conversations for e in found] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,12 @@ def test_command_line_says_what_silent_tiers_run(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(TIERS.format(prefill="", decode="").replace('engine = "sglang"\n', ""))
     assert {t.engine for t in read_config(path, engine="sglang").tiers} == {"sglang"}
+    path.write_text("[gateway]\nport = 0\n")
+    with pytest.raises(BadInputError, match="no \\[\\[tiers\\]\\]"):
+        read_config(path, engine="sglang")
+    path.write_text('[[tiers]]\nrole = "decode"\nmodel = "m"\ngpus = [0.5]\n')
+    with pytest.raises(BadInputError, match="neither a GPU's number"):
+        read_config(path, engine="sglang")
     with pytest.raises(BadInputError, match="needs a configuration file"):
         read_config(None, engine="sglang")
 

@@ -67,7 +67,7 @@ async def check_cluster(
     if gateway.draining:
         into.warn("it is draining: it takes no new conversations", "start it again")
     tiers = {engine.tier for engine in status.engines}
-    if "decode" not in tiers and gateway.tier_mode != "hosting":
+    if not tiers or ("decode" not in tiers and not _lives_everywhere(gateway)):
         into.bad("it has no decoder", 'add a tier with role = "decode"')
     hands_over = gateway.policy == "conserve" and tiers >= {"prefill", "decode"}
     looked = await asyncio.gather(
@@ -78,6 +78,11 @@ async def check_cluster(
     if len(answers) > 1:
         findings += _compare(answers)
     return findings
+
+
+def _lives_everywhere(gateway: GatewayStatus) -> bool:
+    """Whether prefillers hold conversations too."""
+    return gateway.tier_mode == "hosting" or gateway.policy != "conserve"
 
 
 async def _look_at(
@@ -143,8 +148,7 @@ def _check_settings(
             "it does not say how much of a prompt was cached, so no hand-off can be checked",
             "start it with --enable-cache-report",
         )
-    holds = engine.tier == "decode" or gateway.tier_mode == "hosting"
-    if holds and not description.keeps_sessions:
+    if (engine.tier == "decode" or _lives_everywhere(gateway)) and not description.keeps_sessions:
         into.bad(
             "it cannot hold idle conversations: their KV is evicted like any other",
             "start it with --enable-session-radix-cache",

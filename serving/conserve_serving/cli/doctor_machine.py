@@ -272,7 +272,13 @@ def _check_addresses(engines: Sequence[SglangEngine], machine: Machine) -> list[
 
 def _check_store(config: Config, machine: Machine) -> list[Finding]:
     into = Findings("hand-off store")
-    handoff = config.handoff
+    handoff, floor = config.handoff, config.scheduler.handoff_floor_tokens
+    if handoff.prefetch_threshold_tokens > floor:
+        into.warn(
+            f"first turns of {floor} to {handoff.prefetch_threshold_tokens} tokens may be handed "
+            "over, but decoders do not load what is so short",
+            "lower handoff.prefetch_threshold_tokens, or raise scheduler.handoff_floor_tokens",
+        )
     if handoff.transport != "file":
         into.ok(f"transport {handoff.transport}: its own servers are not looked at")
         return into.all

@@ -39,7 +39,9 @@ def sglang_engines(config: Config, *, environ: Mapping[str, str]) -> list[Sglang
         environ: the environment that engines inherit; its CUDA_VISIBLE_DEVICES is what tiers
             without ``gpus`` take from.
     """
-    hosting = config.scheduler.tier_mode is TierMode.HOSTING
+    # Other policies than ours know no tiers: conversations live everywhere.
+    scheduler = config.scheduler
+    hosting = scheduler.tier_mode is TierMode.HOSTING or scheduler.policy != "conserve"
     free = _FreeGpus(config, environ)
     engines: list[SglangEngine] = []
     for tier, ids in zip(config.tiers, engine_ids(config), strict=True):

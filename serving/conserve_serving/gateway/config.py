@@ -322,13 +322,13 @@ def parse_config(text: str, *, origin: str = "configuration", engine: str | None
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin}: not TOML: {error}") from error
-    if engine is not None:
-        data = with_engine(data, engine)
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(data if engine is None else with_engine(data, engine))
     except ValidationError as error:
         lines = [_explain_error(dict(item)) for item in error.errors()]
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from error
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def _explain_error(error: dict[str, Any]) -> str:

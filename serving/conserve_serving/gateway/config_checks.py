@@ -86,6 +86,8 @@ def with_engine(data: dict[str, Any], engine: str) -> dict[str, Any]:
     Run emulated, a description of SGLang tiers keeps what an emulated engine has, too.
     """
     tiers = data.get("tiers")
+    if tiers is None and engine == "sglang":
+        raise ValueError("no [[tiers]]: SGLang engines need some that name the model")
     if not isinstance(tiers, list):
         return data
     changed = []

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from conserve_serving.engines.client import EngineClient
-from conserve_serving.engines.http_errors import BadReply, EngineHttpError
+from conserve_serving.engines.http_errors import BadReply, EngineHttpError, EngineRefused
 from conserve_serving.engines.sglang.diagnose import Diagnosis, diagnose
 from conserve_serving.engines.sglang.environment import (
     PythonUnusableError,
@@ -177,7 +177,13 @@ class Launcher:
                         what=f"ConServe cannot use this engine: {error}",
                         remedy="correct the tier in the configuration file",
                     )
-                except EngineHttpError:
+                except EngineHttpError as error:
+                    if isinstance(error, EngineRefused) and error.status in (401, 403):
+                        return Diagnosis(
+                            what="this engine wants an API key that it was not given in flags",
+                            remedy='write flags = ["--api-key", "KEY"] in the tier, and the same '
+                            "as gateway.engine_api_key",
+                        )
                     await asyncio.sleep(_POLL_S)
                 if clock() - told_s >= _STILL_EVERY_S:
                     told_s = clock()
