@@ -107,8 +107,9 @@ def plan_cluster(
         for id_ in ids
     ]
     launched = sglang_engines(config, environ=environ)
-    engines += [engine for engine in launched if is_ours(engine.host)]
-    far_away = [engine for engine in launched if not is_ours(engine.host)]
+    here = [engine for engine in launched if is_ours(engine.host)]
+    far_away = [engine for engine in launched if engine not in here]
+    engines += here
 
     # One key for the whole run: the gateway's placement tokens then survive its restart.
     placement_key = gateway.placement_key or secrets.token_hex(32)
@@ -132,7 +133,7 @@ def plan_cluster(
                 urls,
                 gateway={"port": reserved.port, "placement_key": placement_key},
                 store=store if launched else None,
-                gpus={e.id: e.gpus or () for e in launched if is_ours(e.host)},
+                gpus={engine.id: engine.gpus or () for engine in here},
             )
         )
 
@@ -176,15 +177,11 @@ def _attached(
         mode="json", exclude_unset=True, exclude_none=True, exclude={"tiers", "handoff"}
     )
     data["gateway"] = {**data.get("gateway", {}), **gateway}
-    if store is None and "handoff" in config.model_fields_set:
-        data["handoff"] = config.handoff.model_dump(
-            mode="json", exclude_none=True, exclude={"extra"}
-        )
+    handoff = config.handoff.model_dump(mode="json", exclude_none=True, exclude={"extra"})
     if store is not None:
-        handoff = config.handoff.model_dump(mode="json", exclude_none=True, exclude={"extra"})
-        data["handoff"] = handoff | {"path": store.path, "ack_url": store.ack_url}
-        if store.max_bytes is not None:
-            data["handoff"]["max_bytes"] = store.max_bytes
+        handoff |= {"path": store.path, "ack_url": store.ack_url, "max_bytes": store.max_bytes}
+    if store is not None or "handoff" in config.model_fields_set:
+        data["handoff"] = {key: value for key, value in handoff.items() if value is not None}
     data["tiers"] = []
     for tier, ids in tiers:
         row = tier.model_dump(
