@@ -142,6 +142,22 @@ async def test_engines_without_gpu_and_profile_have_no_joules(make_cluster: Any)
     assert engine["energy_note"] == "no GPU and no profile is known of it"
 
 
+async def test_an_engine_added_at_run_time_may_name_its_gpus(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    cluster = await make_cluster(0, 1)
+    engine = await fake_engine().start()
+    try:
+        new = {"id": "d9", "url": engine.url, "tier": "decode", "gpus": ["0", "GPU-x"]}
+        assert (await cluster.ask("POST", "/conserve/v1/engines", new)).status == 201
+        assert cluster.gateway.fleet.get("d9").gpus == ("0", "GPU-x")
+        refused = await cluster.ask("POST", "/conserve/v1/engines", {**new, "gpus": [0]})
+        assert refused.status == 400 and "gpus" in refused.body.decode()
+        assert (await cluster.ask("DELETE", "/conserve/v1/engines/d9")).status == 200
+    finally:
+        await engine.kill()
+
+
 async def test_a_profile_models_the_joules_of_attached_engines(make_cluster: Any) -> None:
     cluster = await make_cluster(0, 1, tiers={"profile": "h100-qwen3-8b"})
     assert (await cluster.chat("a", "hello", stream=True)).status == 200
