@@ -172,6 +172,18 @@ def test_neighbours_do_not_pay_for_a_prompt_under_way() -> None:
     assert prompt.tally.prefill_j == pytest.approx(190.0)
 
 
+def test_a_step_counted_just_after_the_question_keeps_its_joules_waiting() -> None:
+    account = Account(opened_s=0.0)
+    decoding = work(account, -1.0, 10)
+    decoding.first_token(0.0)
+    prompt = work(account, 0.1, 16_000)
+    prompt.first_token(1.001)  # before the answer, after the question
+    settle(account, 1.0, 100.0, Steps(decode_steps=10, decode_s=0.1, decode_batch_sum=10))
+    assert decoding.tally.decode_j == pytest.approx(10.0)
+    settle(account, 2.0, 10.0, Steps(prefill_tokens=16_000, prefill_s=0.9))
+    assert prompt.tally.prefill_j == pytest.approx(100.0)
+
+
 def test_a_prompt_that_has_just_come_keeps_no_joules_waiting() -> None:
     account = Account(opened_s=0.0)
     decoding = work(account, -1.0, 10)

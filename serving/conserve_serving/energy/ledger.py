@@ -131,7 +131,7 @@ class Account:
             return 1.0
         if not steps.busy_s:
             return 0.0
-        since_s = min((w.begin_s for w in running if w.prefilled_s is None), default=at_s)
+        since_s = min((w.begin_s for w in running if not w.prefilled_by(at_s)), default=at_s)
         under_way_s = max(0.0, min(at_s - since_s, pool_s - steps.busy_s))
         return steps.busy_s / (steps.busy_s + under_way_s)
 
