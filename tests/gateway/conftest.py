@@ -86,6 +86,9 @@ class FakeEngine:
     max_context_tokens: int = 50_000
     page_tokens: int = PAGE
     dtype: str = "bfloat16"
+    held_tokens: int = 0
+    host_total_tokens: int | None = None
+    store_role: str | None = None
     acknowledge: Callable[[dict[str, Any]], Awaitable[None]] | None = None
     ack_tokens: int | None = None
     prefill_gate: asyncio.Event | None = None
@@ -176,13 +179,17 @@ class FakeEngine:
             return 503, {"error": {"message": "not healthy"}}
         match path:
             case "/server_info":
-                return 200, {
+                info: dict[str, Any] = {
                     "max_total_num_tokens": self.kv_capacity_tokens,
                     "page_size": self.page_tokens,
                     "dtype": self.dtype,
                     "enable_session_radix_cache": True,
                     "enable_priority_scheduling": True,
                 }
+                if self.store_role is not None:
+                    extra = {"module_path": "conserve_serving.x", "role": self.store_role}
+                    info["hicache_storage_backend_extra_config"] = json.dumps(extra)
+                return 200, info
             case "/model_info":
                 return 200, {"served_model_name": self.model}
             case "/v1/models":
@@ -197,7 +204,10 @@ class FakeEngine:
                 }
                 return 200, {"loads": [load]}
             case "/metrics":
-                return 200, b"sglang:kv_used_tokens 0\nsglang:kv_evictable_tokens 0\n"
+                text = f"sglang:kv_used_tokens 0\nsglang:kv_evictable_tokens {self.held_tokens}\n"
+                if self.host_total_tokens is not None:
+                    text += f"sglang:hicache_host_total_tokens {self.host_total_tokens}\n"
+                return 200, text.encode()
             case "/v1/tokenize":
                 if self.tokenize_status != 200:
                     return self.tokenize_status, {"message": "no tokenizer"}

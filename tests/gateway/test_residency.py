@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 CHAT = "/v1/chat/completions"
@@ -76,3 +77,82 @@ async def test_session_that_the_engine_forgot_is_opened_again(
     assert (await cluster.chat("c", "hi", "a", "b")).status == 200
     assert len(decoder.bodies("/open_session")) == 2
     cluster.settled()
+
+
+async def test_an_ended_conversation_leaves_its_engine_and_the_store(
+    make_cluster: Any, fake_engine: Any, long_text: str
+) -> None:
+    """Where engines run our store: a park is a plain close, an end says more, in order."""
+    decoder = fake_engine(store_role="decode")
+    cluster = await make_cluster([fake_engine(store_role="prefill")], [decoder])
+    await cluster.chat("c", long_text)
+    name = decoder.bodies("/open_session")[0]["session_id"]
+    await cluster.ask("DELETE", "/conserve/v1/conversations/c")
+    await cluster.until(lambda: len(decoder.bodies("/close_session")) == 3)
+    closed = [body["session_id"] for body in decoder.bodies("/close_session")]
+    assert closed == [name, f"{name}!free", f"{name}!end"]
+    assert cluster.prefillers[0].bodies("/close_session") == []
+    cluster.settled()
+
+
+async def test_a_conversation_that_ends_in_its_turn_is_cleared_after_it(
+    make_cluster: Any, fake_engine: Any, reply: Any, long_text: str
+) -> None:
+    held = asyncio.Event()
+    decoder = fake_engine(store_role="decode")
+    decoder.replies.append(reply(before=held))
+    cluster = await make_cluster([fake_engine(store_role="prefill")], [decoder])
+    turn = asyncio.create_task(cluster.chat("c", long_text))
+    await decoder.until(CHAT)
+    await cluster.ask("DELETE", "/conserve/v1/conversations/c")
+    assert decoder.bodies("/close_session") == []
+    held.set()
+    assert (await turn).status == 200
+    await cluster.until(lambda: len(decoder.bodies("/close_session")) == 3)
+    cluster.settled()
+
+
+async def test_what_was_never_handed_over_is_in_no_store(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    decoder = fake_engine(store_role="decode")
+    cluster = await make_cluster([fake_engine(store_role="prefill")], [decoder])
+    await cluster.chat("c", "short")
+    await cluster.ask("DELETE", "/conserve/v1/conversations/c")
+    await cluster.until(lambda: len(decoder.bodies("/close_session")) == 2)
+    name = decoder.bodies("/open_session")[0]["session_id"]
+    closed = [body["session_id"] for body in decoder.bodies("/close_session")]
+    assert closed == [name, f"{name}!free"]
+    cluster.settled()
+
+
+async def test_a_prefiller_whose_store_only_reads_is_unfit(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    cluster = await make_cluster([fake_engine(store_role="decode")], wait=False)
+    await cluster.until(lambda: cluster.gateway.fleet.get("p0").state == "unfit")
+    assert "only reads (role 'decode'): start it with role 'prefill'" in str(
+        cluster.gateway.fleet.get("p0").note
+    )
+
+
+async def test_room_to_park_is_what_the_host_holds_beyond_a_full_device(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    """SGLang writes through: the device's KV is in the host tier as well."""
+    cluster = await make_cluster(
+        0, [fake_engine(kv_capacity_tokens=1000, host_total_tokens=2500), fake_engine()]
+    )
+    engines = cluster.gateway.runtime.scheduler.engines
+    assert [engines[name].host_capacity_tokens for name in ("d0", "d1")] == [1500, 0]
+
+
+async def test_drift_is_what_an_engine_holds_beyond_the_ledger(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    cluster = await make_cluster(0, [fake_engine(held_tokens=640)])
+    await cluster.gateway.fleet.refresh()
+    (engine,) = (await cluster.ask("GET", "/conserve/v1/cluster")).json()["engines"]
+    assert engine["kv_drift_tokens"] == 640
+    metrics = (await cluster.ask("GET", "/metrics")).body.decode()
+    assert 'conserve_engine_kv_drift_tokens{engine="d0",tier="decode"} 640.0' in metrics

@@ -26,6 +26,7 @@ async def test_first_turn_is_prefilled_handed_over_and_pinned(
     (prefilled,) = prefiller.bodies("/generate")
     (sent,) = decoder.bodies("/v1/chat/completions")
     assert prefilled["sampling_params"] == {"max_new_tokens": 0}
+    assert prefilled["routing_key"] == decoder.bodies("/open_session")[0]["session_id"]
     assert sent["input_ids"] == prefilled["input_ids"]  # the very same ids on both sides
     assert sent["messages"] == [{"role": "user", "content": long_text}]
     (opened,) = decoder.bodies("/open_session")

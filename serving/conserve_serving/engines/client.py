@@ -52,7 +52,7 @@ CHAT_PROMPT_FIELDS: Final = (
 )
 
 _GAUGE: Final = re.compile(
-    rb"^sglang:(kv_used_tokens|kv_evictable_tokens|hicache_host_used_tokens)"
+    rb"^sglang:(kv_used_tokens|kv_evictable_tokens|hicache_host_(?:used|total)_tokens)"
     rb"(?:\{.*\})? ([0-9.eE+-]+)",
     re.MULTILINE,
 )
@@ -172,6 +172,7 @@ class EngineClient:
             kv_used_tokens=values[b"kv_used_tokens"],
             kv_evictable_tokens=values[b"kv_evictable_tokens"],
             host_used_tokens=values.get(b"hicache_host_used_tokens"),
+            host_total_tokens=values.get(b"hicache_host_total_tokens"),
         )
 
     # --- prompts ------------------------------------------------------------------------------

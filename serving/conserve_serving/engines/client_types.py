@@ -94,12 +94,13 @@ class Occupancy:
     """KV of an engine. An idle conversation's KV counts as evictable, so held is the sum.
 
     Attributes:
-        host_used_tokens: in the host tier; None when it has none.
+        host_used_tokens, host_total_tokens: of the host tier; None when it has none.
     """
 
     kv_used_tokens: int
     kv_evictable_tokens: int
     host_used_tokens: int | None = None
+    host_total_tokens: int | None = None
 
     @property
     def kv_held_tokens(self) -> int:

@@ -23,7 +23,7 @@ from conserve_serving.core.events import (
 )
 from conserve_serving.core.types import EngineId, Tier
 from conserve_serving.engines.client import EngineClient
-from conserve_serving.engines.client_types import EngineDescription, step_delta
+from conserve_serving.engines.client_types import EngineDescription, Occupancy, step_delta
 from conserve_serving.engines.http_errors import ConnectFailed, EngineHttpError
 from conserve_serving.gateway.config import GatewaySection, TierSection
 from conserve_serving.gateway.energy import EnergyBook
@@ -179,6 +179,7 @@ class Fleet:
         try:
             description = await engine.client.describe()
             loads = await engine.client.loads()
+            occupancy = await engine.client.occupancy()
             self._check_fit(engine, description)
         except EngineUnfitError as error:
             self._refuse(engine, "unfit", str(error))
@@ -188,6 +189,7 @@ class Fleet:
             return
         engine.description = description
         engine.loads = loads
+        engine.occupancy = occupancy
         engine.keeps_sessions = description.keeps_sessions
         engine.note = None
         engine.misses = 0
@@ -240,7 +242,7 @@ class Fleet:
         speeds, link = priors(engine.section, description)
         host = engine.section.host_capacity_tokens
         if host is None:
-            host = emulated.host_capacity_tokens if emulated is not None else 0
+            host = _room_to_park(description, engine.occupancy)
         engine.last_byte_s = self._wall()
         self._energy.joined(engine)
         self._set_state(engine, "ready")
@@ -357,3 +359,16 @@ class Fleet:
         engine.state = state
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _room_to_park(description: EngineDescription, occupancy: Occupancy | None) -> int:
+    """KV tokens of the host tier that parked conversations may take.
+
+    SGLang writes through: what is on the device is in the host tier as well, so only what the
+    host holds beyond a full device is room to park.
+    """
+    if description.emulated is not None:
+        return description.emulated.host_capacity_tokens
+    if occupancy is None or occupancy.host_total_tokens is None:
+        return 0
+    return max(0, occupancy.host_total_tokens - description.kv_capacity_tokens)

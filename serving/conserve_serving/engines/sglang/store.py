@@ -126,7 +126,7 @@ class HandoffStore(HiCacheStorage):
             return [True] * len(keys)
         try:
             taken = self._ready().set_pages(keys, host_indices, extra_info)
-        except OSError as error:  # the shared file system's trouble must not end SGLang's thread
+        except (OSError, RuntimeError) as error:  # the file system's trouble, or a back end's
             _log.error("ConServe hand-off store: %s", error)
             taken = [False] * len(keys)
         self._tell_desk(keys, taken)
