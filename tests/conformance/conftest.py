@@ -58,6 +58,7 @@ class Target:
     max_context_tokens: int
     pool: HttpPool = field(init=False)
     driver: EngineClient = field(init=False)
+    opened: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.driver = EngineClient(self.url, timeout_s=60.0)
@@ -111,6 +112,18 @@ class Target:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise AssertionError(f"{self.name}: never {what}") from None
+
+    async def open(self, session: str) -> None:
+        """Open a session that is closed, and its KV freed, when the test is over."""
+        await self.driver.open_session(session, capacity_tokens=20_000, timeout_s=100)
+        self.opened.add(session)
+
+    async def close(self) -> None:
+        """Leave nothing behind."""
+        for session in self.opened:
+            await self.driver.close_session(session)
+            await self.driver.free_session(session)
+        self.driver.close()
 
     async def held_tokens(self) -> int:
         """KV on the device, in use or not, as the driver reads it."""
@@ -184,7 +197,7 @@ async def pair(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Asy
         for name, url in zip(("p0", "d0"), urls, strict=True):
             longest = 32_768 if kind == "sglang" else 131_072
             targets.append(Target(f"{kind} {name}", url, prompts, longest))
-            stack.callback(targets[-1].driver.close)
+            stack.push_async_callback(targets[-1].close)
         yield Pair(*targets, store, acks)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conserve_serving.engines.client_types import step_delta
+from conserve_serving.engines.client_types import Loads, step_delta
 
 
 @pytest.mark.parametrize("path", ["/health", "/health_generate", "/ready"])
@@ -84,6 +84,7 @@ async def test_engines_of_a_pair_agree_on_their_kv(pair: Any) -> None:
 
 async def test_loads_have_what_the_driver_reads(engine: Any) -> None:
     await engine.ok("/generate", {"input_ids": engine.ids(40), "sampling_params": _tokens(4)})
+    await counted(engine, 40)
     told = (await engine.ask("GET", "/v1/loads?include=core")).json()
     (load,) = told["loads"]
     assert told["version"] == "0.5.23"
@@ -102,23 +103,37 @@ def _tokens(count: int) -> dict[str, Any]:
     return {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
 
 
+async def counted(engine: Any, prefill_tokens: int, running: int = 0) -> Loads:
+    """A reading that has come so far: an engine's load is published a moment after."""
+    reading: Loads = await engine.driver.loads()
+
+    async def there() -> bool:
+        nonlocal reading
+        reading = await engine.driver.loads()
+        now = (reading.prefill_tokens, reading.running_requests)
+        return now[0] >= prefill_tokens and now[1] == running
+
+    await engine.until(there, f"{prefill_tokens} prefill tokens")
+    return reading
+
+
 async def test_prefill_counters_count_what_was_not_cached(engine: Any) -> None:
     ids = engine.ids(320)
-    before = await engine.driver.loads()
+    before = await counted(engine, 0)
     await engine.driver.prefill(ids, rid="first")
-    between = await engine.driver.loads()
+    between = await counted(engine, before.prefill_tokens + 320)
     assert between.prefill_tokens - before.prefill_tokens == 320
     assert between.prefill_busy_us > before.prefill_busy_us
     again = await engine.driver.prefill([*ids, *engine.ids(80)], rid="second")
-    after = await engine.driver.loads()
-    assert after.prefill_tokens - between.prefill_tokens == 400 - again.cached_tokens
     assert again.cached_tokens == 320
+    after = await counted(engine, between.prefill_tokens + 80)
+    assert after.prefill_tokens - between.prefill_tokens == 80
 
 
 async def test_decode_moments_count_steps_between_steps(engine: Any) -> None:
-    before = await engine.driver.loads()
+    before = await counted(engine, 0)
     await engine.ok("/generate", {"input_ids": engine.ids(50), "sampling_params": _tokens(33)})
-    after = await engine.driver.loads()
+    after = await counted(engine, before.prefill_tokens + 50)
     delta = step_delta(before, after)
     assert delta is not None
     # The first token comes with the prefill, and the first decode step follows none.

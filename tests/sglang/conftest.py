@@ -11,6 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_asyncio import is_async_test
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """LangChain's tests: none from a recording, and the async ones in one event loop.
+
+    langchain-openai keeps one async client per address, and a client belongs to one loop.
+    """
+    for item in items:
+        if item.path.parent != Path(__file__).parent:
+            continue
+        item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "vcr"]
+        if item.path.stem == "test_langchain_standard" and is_async_test(item):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
 @pytest.fixture

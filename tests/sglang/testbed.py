@@ -51,6 +51,7 @@ CPU_FLAGS: Final = (
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
     *("--mem-fraction-static", "0.1", "--hicache-io-backend", "direct"),
     *("--hicache-mem-layout", "layer_first", "--max-running-requests", "16"),
+    *("--tool-call-parser", "qwen25"),
 )
 #: What ConServe needs of an engine (docs/architecture.md).
 CONSERVE_FLAGS: Final = (

@@ -5,9 +5,10 @@ files. Three things are arranged, so that tests mean something:
 
 - *Text depends on all of the context.* Attention is made strong enough that a token changed far
   back changes the greedy text: KV bytes that are wrong show.
-- *Answers survive their way back.* Only whole words with a space in front can be generated, and
-  such text encodes to the ids it came from; so a conversation's history is found in the cache,
-  as with a trained model.
+- *Answers survive their way back.* Only whole words with a space in front can be generated, never
+  the token that ends a reply, and such text encodes to the ids it came from; so a conversation's
+  history is found in the cache, as with a trained model. Replies end at ``max_tokens`` or at a
+  stop string.
 - *Ties do not decide.* Weights are float32: batches of other sizes round differently, and with
   bfloat16 logits that often changes the best token.
 
@@ -89,7 +90,7 @@ def whole_words(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return found
 
 
-def make_model(words: list[int], end: int) -> Qwen2ForCausalLM:
+def make_model(words: list[int], end_token: int) -> Qwen2ForCausalLM:
     """Random weights from a fixed seed, arranged as the module says."""
     torch.manual_seed(SEED)
     config = Qwen2Config(
@@ -103,7 +104,7 @@ def make_model(words: list[int], end: int) -> Qwen2ForCausalLM:
         tie_word_embeddings=False,
         initializer_range=0.12,
         bos_token_id=0,
-        eos_token_id=end,
+        eos_token_id=end_token,
         pad_token_id=0,
         dtype="float32",
     )
@@ -121,7 +122,6 @@ def make_model(words: list[int], end: int) -> Qwen2ForCausalLM:
         head = model.lm_head.weight
         head[:, 0] = -1000.0
         head[words, 0] = 0.0
-        head[end, 0] = 0.0  # replies end by themselves after some hundred words
     return model
 
 

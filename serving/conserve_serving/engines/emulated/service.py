@@ -247,8 +247,13 @@ class EngineService:
         return generation
 
     def abort(self, rid: str, *, everything: bool = False) -> int:
-        """Abort requests whose id begins with ``rid`` (SGLang matches prefixes); how many."""
-        rids = [one for one in self.runtime.rids() if everything or (rid and one.startswith(rid))]
+        """Abort a request, if there is one of this id; how many ended.
+
+        With it go those whose ids begin with its id: SGLang's scheduler compares no further.
+        """
+        if not everything and not self.runtime.has(rid):
+            return 0
+        rids = [one for one in self.runtime.rids() if everything or one.startswith(rid)]
         for one in rids:
             self.abort_one(one)
         return len(rids)
