@@ -117,6 +117,37 @@ async def test_a_client_that_leaves_a_stream_ends_its_request(engine: Any) -> No
     await engine.until(lambda: is_idle(engine), "idle")
 
 
+async def test_a_client_that_leaves_a_whole_answer_ends_its_request(engine: Any) -> None:
+    asked = asyncio.create_task(engine.ask("POST", CHAT, long_chat(engine)))
+    await engine.until(lambda: _is_running(engine), "running")
+    asked.cancel()
+    await engine.until(lambda: is_idle(engine), "idle")
+
+
+async def test_the_more_urgent_request_goes_first(engine: Any) -> None:
+    """Two that wait for the same room: the later one has the larger ``priority``."""
+    big = engine.ids(12_000)
+    first = await engine.send("POST", CHAT, long_chat(engine, stream=True, input_ids=big))
+    await first_event(first)
+    ended: list[str] = []
+
+    async def wait_in_line(rid: str, priority: int) -> None:
+        await engine.driver.prefill(engine.ids(10_500), rid=rid, priority=priority)
+        ended.append(rid)
+
+    calls = []
+    for place, (rid, priority) in enumerate((("patient", 0), ("urgent", 5)), start=1):
+        calls.append(asyncio.create_task(wait_in_line(rid, priority)))
+
+        async def in_line(place: int = place) -> bool:
+            return bool((await engine.driver.loads()).waiting_requests == place)
+
+        await engine.until(in_line, "waiting")
+    first.close()
+    await asyncio.gather(*calls)
+    assert ended == ["urgent", "patient"]
+
+
 async def test_a_waiting_request_can_be_aborted(engine: Any) -> None:
     """One that finds no room waits; it goes without having run."""
     first = await engine.send("POST", CHAT, long_chat(engine, stream=True, rid="first"))

@@ -58,6 +58,17 @@ async def test_closing_what_is_not_open_is_harmless(engine: Any) -> None:
     await engine.driver.close_session("never")
 
 
+async def test_a_session_ends_by_itself_when_nobody_uses_it(engine: Any) -> None:
+    body = {"session_id": "short", "capacity_of_str_len": 1000, "timeout": 0.5}
+    assert await engine.ok("/open_session", body) == "short"
+
+    async def opened_again() -> bool:
+        return bool((await engine.ask("POST", "/open_session", body)).status == 200)
+
+    await engine.until(opened_again, "ended")
+    await engine.driver.close_session("short")
+
+
 async def test_bad_calls_are_refused(engine: Any) -> None:
     for path, body in (
         ("/open_session", {"session_id": "x"}),

@@ -84,3 +84,22 @@ def make_gateway(bed: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 def gateway(make_gateway: Callable[..., Any]) -> Any:
     """One gateway over all engines."""
     return make_gateway()
+
+
+@pytest.fixture(scope="module")
+def module_gateway(sglang_testbed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One gateway for all tests of a module: for those that leave nothing behind."""
+    sglang_testbed.acks.reset()
+    sglang_testbed.revive()
+    gateway = _gateway_process()(
+        tmp_path_factory.mktemp("gateway"),
+        prefillers=[sglang_testbed.prefiller.url],
+        decoders=[engine.url for engine in sglang_testbed.decoders],
+    )
+    sglang_testbed.acks.forward_to(gateway.url)
+    try:
+        gateway.until_ready("p0", "d0", "d1")
+        yield gateway
+    finally:
+        gateway.close()
+        sglang_testbed.acks.forward_to(None)

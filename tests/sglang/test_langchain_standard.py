@@ -53,7 +53,7 @@ class TestChatConServeOverSglang(ChatModelIntegrationTests):
         reason = OTHERS.get(request.node.originalname)
         if reason is not None:
             pytest.skip(reason)
-        self.base_url = request.getfixturevalue("gateway").url + "/v1"
+        self.base_url = request.getfixturevalue("module_gateway").url + "/v1"
         with conversation(gateway=self.base_url):
             yield
 
