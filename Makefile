@@ -12,7 +12,8 @@ SGLANG := .venv-sglang
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "also: make check (lint, types, import contracts, tests), make bench, make test-slow, make clean"
+	@echo "also: make check (lint, types, import contracts, tests), make bench, make test-slow,"
+	@echo "      make test-sglang (real SGLang on the CPU), make clean"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

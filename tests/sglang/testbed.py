@@ -158,8 +158,8 @@ class Engine:
             if not self.alive:
                 raise EngineError(f"{self.name} ended before it was ready{self.tail()}")
             with contextlib.suppress(OSError, http.client.HTTPException):
-                self.call("GET", "/health", timeout_s=30)
-                return
+                if self.call("GET", "/health", timeout_s=30)[0] == 200:
+                    return
             if time.monotonic() > until:
                 raise EngineError(f"{self.name} is not healthy after {START_TIMEOUT_S:g} s")
             time.sleep(0.3)
