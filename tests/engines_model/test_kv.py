@@ -238,9 +238,11 @@ class Books(RuleBasedStateMachine):
     def open(self, session: str) -> None:
         self.pool.sessions.open(session)
 
-    @rule(session=st.sampled_from(["s", "t"]))
-    def close(self, session: str) -> None:
-        self.pool.sessions.close(session)
+    @rule(session=st.sampled_from(["s", "t"]), free=st.booleans())
+    def close(self, session: str, free: bool) -> None:
+        for leaf in self.pool.sessions.close(session) or ():
+            if free and self.pool.drop(leaf):
+                assert self.pool.drop(leaf)  # once more changes nothing
 
     @invariant()
     def books_add_up(self) -> None:

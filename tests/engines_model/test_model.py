@@ -390,6 +390,38 @@ def test_sessions_keep_their_kv_under_other_traffic() -> None:
     assert not driver.model.close_session("s", now_s=driver.now_s)
 
 
+def test_a_freed_session_s_kv_leaves_both_tiers() -> None:
+    driver = Driver(kv_capacity_tokens=20_480, host_capacity_tokens=20_480)
+    driver.model.open_session("s", now_s=0.0)
+    driver.submit(request("mine", 4_000, 10, session_id="s"))
+    driver.run()
+    driver.model.close_session("s", now_s=driver.now_s)
+    for i in range(5):  # enough to send part of it to the host
+        driver.submit(request(f"other-{i}", 4_000, 10))
+        driver.run()
+    before = driver.model.stats()
+    driver.model.free_session("s", now_s=driver.now_s)
+    after = driver.model.stats()
+    held = [stats.evictable_tokens + stats.host_used_tokens for stats in (before, after)]
+    assert held[0] - held[1] == 4_009 // PAGE * PAGE
+    driver.model.free_session("s", now_s=driver.now_s)  # there is nothing left to free
+    assert driver.model.stats() == after
+
+
+def test_kv_in_use_leaves_when_its_request_ends() -> None:
+    driver = Driver()
+    driver.submit(request("a", 640, 65, session_id="s"))
+    driver.run()
+    driver.model.close_session("s", now_s=driver.now_s)
+    again = {"prompt": stream("a", 704), "context": None, "prefill_only": True}
+    driver.submit(request("again", 704, 0, **again))
+    driver.step()
+    driver.model.free_session("s", now_s=driver.now_s)
+    driver.run()
+    stats = driver.model.stats()
+    assert (stats.evictable_tokens, stats.host_used_tokens) == (0, 0)
+
+
 def test_a_request_of_a_closed_session_protects_nothing() -> None:
     driver = Driver()
     driver.submit(request("a", 640, 10, session_id="s"))

@@ -152,6 +152,8 @@ def run(config: ModelConfig, wanted: list[Ask], *, burst: bool, audit: bool) -> 
             )
             if i % 7 == 3 and session is not None:
                 model.close_session(session, now_s=at_s)
+                if i % 2:
+                    model.free_session(session, now_s=at_s)
         next_s = todo[0][0] if todo else 1e9
         step = model.begin_step(now_s=now_s, until_s=next_s if burst else None)
         if audit:

@@ -368,7 +368,10 @@ class KvPool:
         Returns:
             False when a request is using it: ask again when that has ended.
         """
-        while node is not self._root and node.tokens:
+        while node is not self._root:
+            if not node.tokens:  # dropped meanwhile; what was above it may still be there
+                node = node.parent
+                continue
             if node.children or node.session_refs:
                 return True
             if node.locks:
