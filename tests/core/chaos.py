@@ -51,6 +51,7 @@ def joined(
     capacity: int = 100_000,
     host: int = 0,
     speeds: EngineSpeeds = SPEEDS,
+    speeds_guessed: bool = False,
 ) -> EngineJoined:
     """An engine joins, with figures like an A40's unless told otherwise."""
     return EngineJoined(
@@ -63,6 +64,7 @@ def joined(
         max_context_tokens=1_000_000,
         speeds=speeds,
         link=LINK,
+        speeds_guessed=speeds_guessed,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from chaos import joined
+from chaos import SPEEDS, joined
 from world import World, none, one
 
 from conserve_serving.core.decisions import CloseTurn, Hold, Park, Place, Reject, Release, WakeAt
@@ -621,3 +621,37 @@ def test_round_robin_protects_no_kv_it_has_left_behind() -> None:
     decisions = world.arrive("t2", "c", 1_200)
     assert one(decisions, Release).engine == place.decoder
     assert one(decisions, Place).decoder != place.decoder
+
+
+def test_engines_of_unknown_speed_share_what_one_of_them_has_shown() -> None:
+    """Twenty conversations on real engines all went to the first: the guess made the other slow."""
+    world = World()
+    for name in ("d0", "d1"):
+        world.send(joined(name, speeds_guessed=True))
+    world.send(joined("other-tier", Tier.PREFILL, speeds_guessed=True))
+    homes = []
+    for number in range(8):
+        world.now_s += 1.0
+        place = world.first_turn(f"t{number}", f"c{number}", 2_000)
+        homes.append(place.decoder)
+        steps = StepTimes(decode_steps=50, decode_s=50 * 0.0025, decode_kv_tokens=50 * 2_000)
+        world.send(EngineReported(engine=place.decoder, epoch=1, steps=steps))
+    assert min(homes.count(EngineId("d0")), homes.count(EngineId("d1"))) >= 3
+    prefiller = world.scheduler.engines[EngineId("other-tier")]
+    # The others' decode steps say nothing of it.
+    assert prefiller.decode_step_s(1_000) == pytest.approx(
+        SPEEDS.decode_step_s + 1_000 * SPEEDS.decode_step_s_per_kv_token
+    )
+
+
+def test_an_engine_that_has_shown_its_own_speed_keeps_it() -> None:
+    world = World()
+    for name in ("fast", "slow"):
+        world.send(joined(name, speeds_guessed=True))
+    for _ in range(30):
+        for name, step_s in (("slow", 0.02), ("fast", 0.002)):
+            steps = StepTimes(decode_steps=50, decode_s=50 * step_s, decode_kv_tokens=50_000)
+            world.send(EngineReported(engine=EngineId(name), epoch=1, steps=steps))
+    engines = world.scheduler.engines
+    slow, fast = engines[EngineId("slow")], engines[EngineId("fast")]
+    assert slow.decode_step_s(1_000) > 5 * fast.decode_step_s(1_000)

@@ -22,7 +22,12 @@ from conserve_serving.core.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineJoined:
-    """An engine is alive and may be used. A higher ``epoch`` means it restarted: its KV is gone."""
+    """An engine is alive and may be used. A higher ``epoch`` means it restarted: its KV is gone.
+
+    Attributes:
+        speeds_guessed: nobody has said how fast it is. Until it has shown it, it is taken to be
+            like the engines of its tier that have.
+    """
 
     engine: EngineId
     epoch: int
@@ -33,6 +38,7 @@ class EngineJoined:
     max_context_tokens: int
     speeds: EngineSpeeds
     link: Link
+    speeds_guessed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ from conserve_serving.core.events import (
     Event,
     HandoffFinished,
     PrefillFinished,
+    StepTimes,
     TimerFired,
     TurnAborted,
     TurnArrived,
@@ -48,6 +49,7 @@ from conserve_serving.core.events import (
     TurnFinished,
 )
 from conserve_serving.core.settings import SchedulerSettings
+from conserve_serving.core.speeds import LearnedSpeeds
 from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
 from conserve_serving.core.types import (
     ConversationId,
@@ -55,6 +57,7 @@ from conserve_serving.core.types import (
     Fallback,
     Outcome,
     Reason,
+    Tier,
     TransferReason,
     TurnId,
 )
@@ -83,6 +86,7 @@ class Scheduler:
         self._placer = self._do.placer
         self._waiting = self._do.waiting
         self._last_epoch: dict[EngineId, int] = {}
+        self._unseen: dict[EngineId, EngineState] = {}  # nobody has said how fast they are
         # In order of last activity, so that the conversation to expire next is the first.
         self._conversations: OrderedDict[ConversationId, ConversationState] = OrderedDict()
         self._turns: dict[TurnId, TurnState] = {}
@@ -168,6 +172,9 @@ class Scheduler:
         if former is not None:
             self._lose(former)
         engine = EngineState(event)
+        self._unseen.pop(event.engine, None)
+        if event.speeds_guessed:
+            self._unseen[event.engine] = engine
         self._placer.add(engine)
         self._do.free(engine)
 
@@ -183,6 +190,23 @@ class Scheduler:
             engine.speeds.observe(event.steps, prefilled_turns=engine.prefilled_turns)
             engine.prefilled_turns = 0
             self._placer.touch(engine)
+            if self._unseen:
+                self._liken(engine, event.steps)
+
+    def _liken(self, engine: EngineState, steps: StepTimes) -> None:
+        """Take unseen engines of the same tier to be as fast as one that has been seen at work.
+
+        Otherwise a guess that is too low keeps every conversation away from them, and they would
+        never be seen: new conversations would pile up on the engine that happened to be first.
+        """
+        seen = steps.prefill_tokens if engine.tier is Tier.PREFILL else steps.decode_steps
+        if not seen:
+            return
+        self._unseen.pop(engine.id, None)
+        for other in self._unseen.values():
+            if other.tier is engine.tier:
+                other.speeds = LearnedSpeeds(engine.speeds.snapshot(), guessed=True)
+                self._placer.touch(other)
 
     def _on_engine_draining(self, event: EngineDraining) -> None:
         engine = self._current(event.engine, event.epoch)
@@ -205,6 +229,7 @@ class Scheduler:
 
     def _lose(self, engine: EngineState) -> None:
         engine.lost = True
+        self._unseen.pop(engine.id, None)
         self._placer.remove(engine)
         for turn in list(engine.turns.values()):
             if turn.decoder is engine:

@@ -15,6 +15,8 @@ _KEEP = 0.9
 _PRIOR_DECODE_STEPS = 64.0
 # ... and against prefill reports: one long prompt.
 _PRIOR_PREFILL_TOKENS = 8192.0
+# Share of that which a mere guess is worth: nothing, as soon as there is anything else.
+_GUESS = 1e-6
 # Prompts from this length on say what a token costs, shorter ones what a turn costs.
 _LONG_PROMPT_TOKENS = 1024
 # Hand-offs and mixed steps are learned by a plain moving average of this weight.
@@ -29,6 +31,10 @@ class LearnedSpeeds:
     short ones the other. Decode is a line over the KV tokens a step reads (it is bound by memory
     bandwidth), fitted by least squares with forgetting; its slope stays at the prior until the
     reports have seen batches that differ enough to tell it.
+
+    Args:
+        prior: what is believed before any report.
+        guessed: the prior is nobody's figure: the first report outweighs it.
     """
 
     __slots__ = (
@@ -46,14 +52,15 @@ class LearnedSpeeds:
         "_y",
     )
 
-    def __init__(self, prior: EngineSpeeds) -> None:
+    def __init__(self, prior: EngineSpeeds, *, guessed: bool = False) -> None:
         self._prior = prior
-        self._tokens = _PRIOR_PREFILL_TOKENS
-        self._tokens_s = _PRIOR_PREFILL_TOKENS / prior.prefill_tokens_per_s
+        trust = _GUESS if guessed else 1.0
+        self._tokens = trust * _PRIOR_PREFILL_TOKENS
+        self._tokens_s = self._tokens / prior.prefill_tokens_per_s
         self._turn_s = 0.0
-        self._n = _PRIOR_DECODE_STEPS
+        self._n = trust * _PRIOR_DECODE_STEPS
         self._x = self._xx = self._xy = 0.0
-        self._y = _PRIOR_DECODE_STEPS * prior.decode_step_s
+        self._y = self._n * prior.decode_step_s
         self._mixed = prior.mixed_slowdown
         self._base_s, self._slope_s = self._fit_decode()
 

@@ -177,7 +177,7 @@ class EngineState:
         self.capacity_tokens = joined.kv_capacity_tokens // self.page_tokens * self.page_tokens
         self.host_capacity_tokens = joined.host_capacity_tokens
         self.max_context_tokens = joined.max_context_tokens
-        self.speeds = LearnedSpeeds(joined.speeds)
+        self.speeds = LearnedSpeeds(joined.speeds, guessed=joined.speeds_guessed)
         self.link = LearnedLink(joined.link)
         self.resident_tokens = 0
         self.reserved_tokens = 0

@@ -257,6 +257,7 @@ class Fleet:
                 max_context_tokens=description.max_context_tokens,
                 speeds=speeds,
                 link=link,
+                speeds_guessed=emulated is None and engine.section.profile is None,
             )
         )
         if engine.drain_wanted:

@@ -1,6 +1,6 @@
 """SGLang's side of a conversation: an SGLang plug-in (entry point ``sglang.srt.plugins``).
 
-Four hooks, applied through SGLang's hook registry, idle unless the engine runs our store:
+Hooks, applied through SGLang's hook registry, idle unless the engine runs our store:
 
 - when a prefill ends whose request names its conversation (``routing_key``), the store is told
   which pages the prompt has; pages that the tree still holds and the store has lost meanwhile are
@@ -10,7 +10,10 @@ Four hooks, applied through SGLang's hook registry, idle unless the engine runs 
 - what could not leave at once, because a copy was under way, leaves a few steps later;
 - the occupancy gauges are published when the engine comes to rest after that.
 
-Everything runs on the scheduler thread, at points where tensor-parallel ranks act in step.
+One more is for every engine: prompts with token ids outside the vocabulary are refused, for the
+scheduler dies of them, and a gateway that retries would take such a prompt to the next engine.
+
+All but the last run on the scheduler thread, where tensor-parallel ranks act in step.
 Loaded inside SGLang: standard library, torch and SGLang; written against SGLang 0.5.23.
 """
 
@@ -29,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _TREE: Final = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
+_TOKENIZER: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _REPORTER: Final = (
     "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 )
@@ -44,6 +48,7 @@ def register() -> None:
     HookRegistry.register(f"{_SCHEDULER}.close_session", session_closed, HookType.AROUND)
     HookRegistry.register(f"{_TREE}.check_hicache_events", step_taken, HookType.AFTER)
     HookRegistry.register(f"{_REPORTER}._maybe_log_idle_metrics", resting, HookType.BEFORE)
+    HookRegistry.register(f"{_TOKENIZER}._validate_one_request", check_ids, HookType.BEFORE)
 
 
 def require_hooks() -> None:
@@ -74,6 +79,21 @@ def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
             _log.exception("ConServe plug-in: %s failed", hook.__name__)
 
     return guarded
+
+
+# --- a request has come ------------------------------------------------------------------------
+def check_ids(manager: Any, request: Any, input_ids: Any) -> None:
+    """Before a request is taken on: its token ids must be the model's.
+
+    Raises:
+        ValueError: one is not; SGLang answers 400 with this text.
+    """
+    if not input_ids or not all(isinstance(one, int) for one in input_ids):
+        return  # no ids, or SGLang's own trouble with them
+    size = manager.model_config.vocab_size
+    for one in (min(input_ids), max(input_ids)):
+        if not 0 <= one < size:
+            raise ValueError(f"input_ids holds {one}: this model's token ids are 0 to {size - 1}")
 
 
 # --- a prompt has been prefilled ---------------------------------------------------------------
