@@ -90,6 +90,10 @@ class Gateway:
         path = f"/conserve/v1/conversations?limit={limit:d}"
         return self._list(path, "conversations")
 
+    def cluster(self) -> dict[str, Any]:
+        """Engines, their load and energy, and the scheduler's counters. Raises GatewayError."""
+        return self._object("GET", "/conserve/v1/cluster")
+
     def end_conversation(self, conversation_id: str) -> bool:
         """End a conversation, so that its KV is freed.
 
