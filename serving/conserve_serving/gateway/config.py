@@ -31,6 +31,7 @@ from conserve_serving.gateway.config_checks import (
     check_url,
 )
 from conserve_serving.gateway.errors import ConfigError
+from conserve_serving.gateway.sources import DEFAULT_ORDER, expand
 
 
 class _Section(BaseModel):
@@ -126,19 +127,17 @@ class IdentitySection(_Section):
     aliases: tuple[str, ...] = Field(
         default=(),
         strict=False,
-        description="further request headers that carry a conversation id; looked at right after "
-        "X-ConServe-Conversation-ID. X-Correlation-ID and X-Client-Request-ID are not looked at "
-        "unless listed here: in many clients they change with every request",
+        description="further request headers that carry a conversation id. X-Correlation-ID and "
+        "X-Client-Request-ID are not looked at unless listed here: in many clients they change "
+        "with every request",
     )
-    headers: bool = Field(
-        default=True, description="accept the headers of known agents and routers (docs: identity)"
+    order: tuple[str, ...] = Field(
+        default=DEFAULT_ORDER,
+        strict=False,
+        description="where an id is looked for after X-ConServe-Conversation-ID: groups (aliases, "
+        "routers, agents, generic, previous_response, body, baggage, lineage) and single sources "
+        "(header:<name>, body:<field>); what is not listed is not looked at",
     )
-    body: bool = Field(
-        default=True,
-        description="accept ids in the body: session_id, conversation, prompt_cache_key, "
-        "metadata.session_id …",
-    )
-    baggage: bool = Field(default=True, description="accept session.id in W3C baggage")
 
     @field_validator("aliases")
     @classmethod
@@ -146,14 +145,17 @@ class IdentitySection(_Section):
         check_headers(aliases)
         return aliases
 
-    lineage: bool = Field(
-        default=True,
-        description="recognise a conversation without any id by the messages it repeats",
-    )
+    @field_validator("order")
+    @classmethod
+    def _known_sources(cls, order: tuple[str, ...]) -> tuple[str, ...]:
+        expand(order)
+        return order
+
     lineage_entries: int = Field(
         default=200_000,
         ge=1,
-        description="message chains remembered for that; oldest forgotten first",
+        description="prompts remembered to recognise conversations without an id by; oldest "
+        "forgotten first",
     )
 
 

@@ -59,6 +59,23 @@ _HEAD_BYTES: Final = 64
 _TOKEN_IDS: Final = re.compile(rb"\s*\[\s*[-\d]")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """A request of another API, as far as its translation does not tell.
+
+    Attributes:
+        prompt_field: its field that holds the prompt.
+        identity: its fields that may carry a conversation id, raw.
+        continues: the conversation of the response it continues, where it names one.
+        branches: that response has been continued already: this is a fork.
+    """
+
+    prompt_field: str
+    identity: dict[str, Raw]
+    continues: str | None = None
+    branches: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class TurnRequest:
     """One turn as it was asked for.
@@ -68,6 +85,7 @@ class TurnRequest:
         tools: raw JSON of the tools, empty when there are none.
         token_ids: the prompt's token ids, where it was given as such.
         unwrapped: the prompt was the only one of a list; ``content`` is the prompt itself.
+        original: what is known of a request that was translated into this one.
         include_usage: the client itself asked for the usage event of a stream.
         stream_options: the client's own, as a mapping.
     """
@@ -84,10 +102,13 @@ class TurnRequest:
     token_ids: list[int] | None
     unwrapped: bool
     _parsed: _Body
+    original: Original | None = None
 
     @property
     def prompt_field(self) -> str:
         """The field that holds the prompt."""
+        if self.original is not None:
+            return self.original.prompt_field
         return "messages" if self.api is Api.CHAT else "prompt"
 
     @property
@@ -97,6 +118,8 @@ class TurnRequest:
 
     def identity(self) -> dict[str, Raw]:
         """Fields of the body that may carry a conversation id, raw."""
+        if self.original is not None:
+            return self.original.identity
         return {
             name: value
             for name in IDENTITY_FIELDS

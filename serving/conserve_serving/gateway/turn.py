@@ -36,7 +36,7 @@ from conserve_serving.gateway.handover import tokenize
 from conserve_serving.gateway.identity import Tags, scoped
 from conserve_serving.gateway.lineage import PrefixMark, Relation
 from conserve_serving.gateway.relay import Client, conversation_headers
-from conserve_serving.gateway.request import Api, TurnRequest
+from conserve_serving.gateway.request import TurnRequest
 
 if TYPE_CHECKING:
     from conserve_serving.gateway.gateway import Gateway
@@ -88,7 +88,7 @@ class Turn:
         self.prompt_tokens = 0
         self.arrived_s = arrived_s
         self.waited_s = 0.0
-        self._relation = relation
+        self.relation = relation
         self._kept_bytes = kept_bytes
         self._ttft_s: float | None = None
         self._place: Place | None = None
@@ -258,9 +258,9 @@ class Turn:
                 conversation.turns = hint.turns
                 conversation.transfers = hint.transfers
                 conversation.turn_ids = None
-                self.index = conversation.turn_index(tags.turn_id, self._relation)
+                self.index = conversation.turn_index(tags.turn_id, self.relation)
         reusable = None
-        if self._relation is Relation.REWRITE:
+        if self.relation is Relation.REWRITE:
             reusable = int(self._kept_bytes / conversation.bytes_per_token)
         parent = tags.parent
         return TurnArrived(
@@ -336,7 +336,7 @@ class Turn:
             return ContextLengthError(
                 f"the prompt of about {self.prompt_tokens} tokens is longer than any decoder can "
                 "hold: shorten it",
-                param="messages" if self.request.api is Api.CHAT else "prompt",
+                param=self.request.prompt_field,
             )
         if reason is Reason.NO_ENGINE:
             text = "no engine is alive: try again later"
@@ -356,7 +356,10 @@ class Turn:
         body = error.body()
         headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
         block = conversation_headers(
-            conversation=self.conversation.id, source=self.tags.source, turn_index=self.index
+            conversation=self.conversation.id,
+            source=self.tags.source,
+            relation=self.relation,
+            turn_index=self.index,
         )
         self.client.start(error.status, headers, block)
         self.client.finish(body)
