@@ -10,9 +10,7 @@ from conserve_agents import wire
 from conserve_agents.errors import GatewayError, TokenCountError
 from conserve_agents.gateway import Gateway
 from conserve_agents.logs import warn_once
-
-#: Chat messages, or the text of a plain completion.
-Prompt = str | Sequence[Any]
+from conserve_agents.turns import Prompt
 
 #: Mean of three modern tokenizers on code and prose, within 8 % (docs/clients/README.md).
 BYTES_PER_TOKEN: Final = 4
@@ -83,7 +81,11 @@ class ServerTokenCounter:
     def count(self, prompt: Prompt, tools: Sequence[Any] | None) -> int:
         """See :class:`TokenCounter`. Raises TokenCountError when the gateway cannot be asked."""
         try:
-            return self._gateway.count_tokens(prompt, tools=tools, model=self._model)
+            return self._gateway.count_tokens(
+                prompt if isinstance(prompt, str) else chat_messages(prompt),
+                tools=chat_tools(tools) if tools else None,
+                model=self._model,
+            )
         except GatewayError as error:
             raise TokenCountError(f"the server's tokenizer: {error}") from error
 
@@ -113,24 +115,89 @@ def _usable(tokens: int, name: str) -> tuple[int, str]:
     return tokens, name
 
 
-def _text_bytes(value: Any) -> int:
-    """UTF-8 bytes of the texts in a message, however nested; keys and numbers are not text."""
+def texts_of(message: Any) -> tuple[list[str], int]:
+    """The texts in a message or item, however nested, and how many attachments it has.
+
+    Keys, numbers and structure are not text: a template renders them as markers.
+    """
+    texts: list[str] = []
+    return texts, _collect(message, texts)
+
+
+def _text_bytes(message: Any) -> int:
+    texts, attachments = texts_of(message)
+    size_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return size_bytes + attachments * TOKENS_PER_ATTACHMENT * BYTES_PER_TOKEN
+
+
+def _collect(value: Any, texts: list[str]) -> int:
+    """Append the texts to ``texts``; returns the number of attachments."""
     if isinstance(value, str):
-        return len(value.encode("utf-8", "replace"))
+        texts.append(value)
+        return 0
     if isinstance(value, Mapping):
         kind = value.get("type")
         if isinstance(kind, str) and kind in _ATTACHMENTS:
-            return TOKENS_PER_ATTACHMENT * BYTES_PER_TOKEN
-        return sum(_text_bytes(v) for k, v in value.items() if k not in _NOT_TEXT)
+            return 1
+        return sum(_collect(v, texts) for k, v in value.items() if k not in _NOT_TEXT)
     if isinstance(value, bytes | int | float) or value is None:
         return 0
     dump = getattr(value, "model_dump", None)
     if callable(dump):
-        return _text_bytes(dump())
+        return _collect(dump(), texts)
     if isinstance(value, Iterable):
-        return sum(_text_bytes(v) for v in value)
+        return sum(_collect(v, texts) for v in value)
     return 0
 
 
+def chat_messages(prompt: Sequence[Any]) -> list[Any]:
+    """Messages as chat templates know them, from messages or from Responses items."""
+    return [_chat_message(item) for item in prompt]
+
+
+def chat_tools(tools: Sequence[Any]) -> list[Any]:
+    """Tool schemas as chat templates know them, from those of either API."""
+    return [
+        {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+        if isinstance(tool, Mapping) and tool.get("type") == "function" and "name" in tool
+        else tool
+        for tool in tools
+    ]
+
+
+def _chat_message(item: Any) -> Any:
+    if not isinstance(item, Mapping):
+        dump = getattr(item, "model_dump", None)
+        item = dump(exclude_none=True) if callable(dump) else item
+    if not isinstance(item, Mapping):
+        return item
+    if item.get("type") == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    if item.get("type") == "function_call_output":
+        return {
+            "role": "tool",
+            "tool_call_id": item.get("call_id"),
+            "content": item.get("output"),
+        }
+    content = item.get("content")
+    if isinstance(content, list | tuple):
+        parts = [
+            {"type": "text", "text": part["text"]}
+            if isinstance(part, Mapping)
+            and part.get("type") in ("input_text", "output_text")
+            and "text" in part
+            else part
+            for part in content
+        ]
+        item = {**item, "content": parts}
+    if item.get("type") == "message":
+        item = {name: value for name, value in item.items() if name in ("role", "content")}
+    return item
+
+
 #: Structure rather than text: a template renders these as a marker, counted per message.
-_NOT_TEXT: Final = frozenset({"role", "type", "id", "tool_call_id"})
+_NOT_TEXT: Final = frozenset(
+    {"role", "type", "id", "tool_call_id", "call_id", "status", "encrypted_content"}
+)

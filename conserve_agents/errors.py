@@ -3,6 +3,7 @@
     ConServeError
     ├── ConversationIdError      an id that cannot name a conversation       (a ValueError)
     ├── ConversationStateError   a conversation used out of order            (a RuntimeError)
+    ├── HandoverError            a hand-over token that is not one           (a ValueError)
     ├── TokenCountError          a token counter could not count
     └── GatewayError             the gateway could not be asked
         ├── GatewayUrlError          the address is not one                  (a ValueError)
@@ -26,6 +27,10 @@ class ConversationIdError(ConServeError, ValueError):
 
 class ConversationStateError(ConServeError, RuntimeError):
     """The conversation is not in a state that allows this, such as entering it twice."""
+
+
+class HandoverError(ConServeError, ValueError):
+    """The token does not hand over a conversation."""
 
 
 class TokenCountError(ConServeError):

@@ -171,7 +171,8 @@ def test_errors_come_through_as_the_sdk_raises_them(
     with conversation("c"):
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**CALL)
-        client.chat.completions.create(**CALL)
+        other = [{"role": "user", "content": "shorter"}]
+        client.chat.completions.create(model="m", messages=other)
     assert tags(server, wire.TURN_INDEX) == ["1", "2"]
     assert server.ended == ["c"]
 
@@ -279,10 +280,13 @@ def test_tagging_that_fails_never_breaks_the_call(
 
 
 def test_a_conversation_nobody_holds_is_forgotten(server: Any, client: ConServeOpenAI) -> None:
-    from conserve_agents.conversation import live_conversation  # noqa: PLC0415 - internal
+    from conserve_agents.conversation import conversation_of  # noqa: PLC0415 - internal
 
-    with conversation("short", end_on_exit=False):
+    with conversation("short", end_on_exit=False) as talk:
+        turn_id = talk.headers_for(messages=ASK)[wire.TURN_ID]
+        assert conversation_of(turn_id) is talk
         client.chat.completions.create(**CALL)
+    del talk
     gc.collect()
-    assert live_conversation("short") is None
+    assert conversation_of(turn_id) is None
     assert current_conversation() is None
