@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from conserve_serving.core.decisions import Park, Place, Release
-from conserve_serving.core.events import ConversationEnded
+from conserve_serving.core.events import ConversationEnded, ConversationIdled
 from conserve_serving.core.policies import Collocated, RoundRobin, make_policy
 from conserve_serving.core.scheduler import Scheduler
 from conserve_serving.core.types import Reason, Tier, TurnId
@@ -309,6 +309,10 @@ class Gateway:
         return self._hands_over and bool(self.fleet.serving(Tier.PREFILL))
 
     # --- conversations -----------------------------------------------------------------------
+    def idle_conversation(self, conversation: Conversation) -> None:
+        """Its agent has answered and waits for a person: others wait for tools meanwhile."""
+        self.runtime.handle(ConversationIdled(conversation=conversation.key))
+
     def end_conversation(self, conversation: Conversation) -> None:
         """A conversation is over: its KV is freed once its running turns have ended."""
         self.conversations.end(conversation)
