@@ -15,6 +15,7 @@ from conserve_agents.context import current_conversation, propagate
 from conserve_agents.conversation import Conversation, conversation, headers_for, resume
 from conserve_agents.counting import BytesTokenCounter, ServerTokenCounter, TokenCounter
 from conserve_agents.errors import (
+    ArgumentError,
     ConServeError,
     ConversationIdError,
     ConversationStateError,
@@ -32,6 +33,7 @@ from conserve_agents.telemetry import ConversationSpanProcessor
 from conserve_agents.turns import TurnReport
 
 __all__ = [
+    "ArgumentError",
     "BytesTokenCounter",
     "ConServeError",
     "ContextExecutor",

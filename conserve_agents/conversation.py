@@ -28,7 +28,7 @@ from typing import Any, Final, Self
 from conserve_agents import telemetry, wire
 from conserve_agents.context import current_conversation, set_current
 from conserve_agents.counting import TokenCounter, count_first_turn
-from conserve_agents.errors import ConversationIdError, ConversationStateError
+from conserve_agents.errors import ArgumentError, ConversationIdError, ConversationStateError
 from conserve_agents.gateway import Gateway, end_quietly
 from conserve_agents.handover import Handover, decode
 from conserve_agents.logs import warn_once
@@ -77,6 +77,7 @@ class Conversation:
             graph that was.
 
     Raises:
+        ArgumentError: ``turns`` is negative or not a number.
         ConversationIdError: an id is empty or not a string.
         GatewayUrlError: ``gateway`` is not an http or https URL.
     """
@@ -100,6 +101,10 @@ class Conversation:
         self._gateway = Gateway(gateway) if isinstance(gateway, str) else gateway
         self._end_on_exit: Final = end_on_exit
         self._new_id: Final = new_id
+        if turns is not None and (not isinstance(turns, int) or turns < 0):
+            raise ArgumentError(
+                f"conversation turns {turns!r}: pass how many it has had, 0 or more"
+            )
         # A given id may name a conversation that began elsewhere; a new one cannot.
         self._is_new: Final = turns == 0 or (turns is None and id is None)
         self._numbers = TurnNumbers(0 if self._is_new else turns)

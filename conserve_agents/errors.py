@@ -1,6 +1,7 @@
 """Errors of the client layer.
 
     ConServeError
+    ├── ArgumentError            a number or setting that makes no sense      (a ValueError)
     ├── ConversationIdError      an id that cannot name a conversation       (a ValueError)
     ├── ConversationStateError   a conversation used out of order            (a RuntimeError)
     ├── HandoverError            a hand-over token that is not one           (a ValueError)
@@ -19,6 +20,10 @@ from __future__ import annotations
 
 class ConServeError(Exception):
     """Base of every error this package raises."""
+
+
+class ArgumentError(ConServeError, ValueError):
+    """An argument's value makes no sense; the message names it."""
 
 
 class ConversationIdError(ConServeError, ValueError):

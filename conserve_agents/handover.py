@@ -66,7 +66,7 @@ def _checked(raw: Any) -> dict[str, Any]:
     if not isinstance(raw, dict) or not set(raw) <= names or not _id(raw.get("id")):
         raise HandoverError("hand-over token holds something else: pass what handover() returned")
     for name, value in raw.items():
-        good = _count(value) if name in _COUNTS else isinstance(value, str) and value.isascii()
+        good = _count(value) if name in _COUNTS else _sendable(value)
         if not good or (name in ("parent_id", "counter") and not _id(value)):
             raise HandoverError(f"hand-over token: {name} is {value!r}; make a new one")
     return raw
@@ -74,6 +74,10 @@ def _checked(raw: Any) -> dict[str, Any]:
 
 def _id(value: object) -> bool:
     return isinstance(value, str) and wire.is_legal_id(value)
+
+
+def _sendable(value: object) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable()
 
 
 def _count(value: object) -> bool:

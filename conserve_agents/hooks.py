@@ -3,9 +3,9 @@
     tagger = HttpTagger()
     httpx.Client(event_hooks={"request": [tagger.tag], "response": [tagger.observe]})
 
-Such a hook sees attempts, not calls: an attempt whose prompt repeats that of one which got no answer,
-or an error, carries its tag. Where a client object can be passed in, pass ``conserve_agents.openai``'s
-instead: it sees calls.
+Such a hook sees attempts, not calls: an attempt whose prompt repeats that of one which got no
+answer, or an error, carries its tag. Where a client object can be passed in, pass
+``conserve_agents.openai``'s instead: it sees calls.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Final
 
 from conserve_agents import wire
 from conserve_agents.conversation import Conversation, end_all
+from conserve_agents.errors import ArgumentError
 
 
 class ConversationStore:
@@ -32,7 +33,7 @@ class ConversationStore:
         clock: monotonic seconds.
 
     Raises:
-        ValueError: a bound is not positive.
+        ArgumentError: a bound is not positive.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ConversationStore:
     ) -> None:
         for name, bound in (("max_conversations", max_conversations), ("max_idle_s", max_idle_s)):
             if not bound > 0:
-                raise ValueError(f"{name} is {bound!r}: pass a positive number")
+                raise ArgumentError(f"{name} is {bound!r}: pass a positive number")
         self._max: Final = max_conversations
         self._max_idle_s: Final = max_idle_s
         self._make: Final = make or _named
