@@ -2,6 +2,7 @@
 
     [gateway]     where to listen, limits, time-outs
     [identity]    where a conversation's id is looked for
+    [responses]   what the Responses API remembers
     [scheduler]   the policy and its settings
     [[tiers]]     groups of engines: prefillers and decoders, emulated or attached by URL
 
@@ -159,6 +160,25 @@ class IdentitySection(_Section):
     )
 
 
+class ResponsesSection(_Section):
+    """What the Responses API remembers, for ``previous_response_id`` and ``conversation``."""
+
+    ttl_s: float = Field(
+        default=86_400.0,
+        gt=0,
+        description="a stored response or conversation is forgotten this long after its last use",
+    )
+    max_stored: int = Field(
+        default=100_000, ge=0, description="responses and conversations stored at most"
+    )
+    max_stored_bytes: int = Field(
+        default=256 * 1024 * 1024,
+        ge=0,
+        description="bytes of stored responses and histories together, at most; those used "
+        "longest ago are forgotten first",
+    )
+
+
 class SchedulerSection(_Section):
     """The policy and its settings. Times are the engines' own seconds: wall seconds × speed."""
 
@@ -298,6 +318,7 @@ class Config(_Section):
 
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     identity: IdentitySection = Field(default_factory=IdentitySection)
+    responses: ResponsesSection = Field(default_factory=ResponsesSection)
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
     tiers: tuple[TierSection, ...] = Field(default_factory=_default_tiers, strict=False)
 
@@ -321,6 +342,7 @@ class Setting:
 _SECTIONS: dict[str, type[_Section]] = {
     "gateway": GatewaySection,
     "identity": IdentitySection,
+    "responses": ResponsesSection,
     "scheduler": SchedulerSection,
     "tiers": TierSection,
 }

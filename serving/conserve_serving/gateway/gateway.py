@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,6 +72,7 @@ class Gateway:
         settings, identity = config.gateway, config.identity
         self.config = config
         self.wall = wall
+        self.token = token
         self.started_s = wall()
         self.created_unix_s = int(time.time())
         self.draining = False
@@ -360,6 +362,10 @@ class Gateway:
                 "created": self.created_unix_s,
                 "owned_by": "conserve",
                 "max_model_len": max(limits, default=None),
+                # What Anthropic's clients look for beside it.
+                "type": "model",
+                "display_name": served,
+                "created_at": datetime.fromtimestamp(self.created_unix_s, UTC).isoformat(),
             }
         ]
 

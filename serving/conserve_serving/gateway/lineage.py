@@ -234,11 +234,11 @@ class Lineage:
                 length = prompt.length
                 if prompt.conversation not in self._latest:
                     continue  # over: a shorter prompt may be of one that is not
-                if length <= end and (best is None or length > best.length):
-                    if (length == end or content[length] == _COMMA) and (
-                        xxh3_64_intdigest(content[start:length]) == prompt.tail
-                    ):
-                        best = prompt
+                if length > end or (best is not None and length <= best.length):
+                    continue
+                boundary = length == end or content[length] == _COMMA
+                if boundary and xxh3_64_intdigest(content[start:length]) == prompt.tail:
+                    best = prompt
             if best is not None:
                 return best
         return None

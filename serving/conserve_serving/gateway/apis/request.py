@@ -1,0 +1,123 @@
+"""Reading the bodies of the other APIs: what both need, and refusals that name the remedy."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from conserve_serving.gateway.errors import InvalidRequestError
+from conserve_serving.gateway.request import Api, Original, TurnRequest, parse_turn, wrong_type
+
+_T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
+Message = dict[str, Any]
+
+#: Efforts of both APIs, as SGLang knows them.
+_EFFORTS: Final = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
+
+
+class _Decodes(Protocol[_T_co]):
+    def decode(self, buf: Raw, /) -> _T_co: ...
+
+
+def decode(raw: Raw, decoder: _Decodes[_T], where: str) -> _T:
+    """A part of a body.
+
+    Args:
+        raw: the part.
+        decoder: of its type.
+        where: its place in the body, for errors.
+
+    Raises:
+        InvalidRequestError: it is of another type; names the field.
+    """
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        raise wrong_type(error, where) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{where} is not valid UTF-8: {error.reason}", param=where, code="invalid_json"
+        ) from error
+
+
+def refuse(field: str, remedy: str) -> InvalidRequestError:
+    """The error for a field that would change the answer and cannot be honoured here."""
+    return InvalidRequestError(
+        f"{field} is not supported here: {remedy}", param=field, code="unsupported_parameter"
+    )
+
+
+def given(value: Raw | UnsetType) -> bool:
+    """Whether a field is there and says something: not null, nor empty."""
+    return isinstance(value, Raw) and bytes(memoryview(value)[:5]) not in _NOTHING
+
+
+_QUOTE: Final = ord('"')
+_BRACKET: Final = ord("[")
+_NOTHING: Final = (b"null", b"[]", b"{}", b'""', b"false")
+
+
+def is_string(raw: Raw | UnsetType) -> bool:
+    """Whether it is there and a string."""
+    return isinstance(raw, Raw) and memoryview(raw)[0] == _QUOTE
+
+
+def is_list(raw: Raw | UnsetType) -> bool:
+    """Whether it is there and a list."""
+    return isinstance(raw, Raw) and memoryview(raw)[0] == _BRACKET
+
+
+def string(raw: Raw | UnsetType, where: str) -> Raw:
+    """``raw`` if it is a string; it goes on as it came.
+
+    Raises:
+        InvalidRequestError: it is not; names the field.
+    """
+    if isinstance(raw, Raw) and is_string(raw):
+        return raw
+    what = "missing" if raw is UNSET else "not a string"
+    raise InvalidRequestError(f"{where} is {what}: send a string", param=where)
+
+
+def function(name: str, description: str | None, parameters: Raw | UnsetType) -> dict[str, Any]:
+    """A tool, as chat completions offer it."""
+    offered: dict[str, Any] = {"name": name}
+    if description is not None:
+        offered["description"] = description
+    if given(parameters):
+        offered["parameters"] = parameters
+    return {"type": "function", "function": offered}
+
+
+def call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A tool call of the history."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def thinks(fields: Message, effort: str | None) -> None:
+    """Ask for an effort of reasoning, in the fields of a chat completion."""
+    if effort == "none":
+        fields["chat_template_kwargs"] = {"enable_thinking": False}
+    elif effort in _EFFORTS:
+        fields["reasoning_effort"] = _EFFORTS[effort]
+    elif effort is not None:
+        raise InvalidRequestError(
+            f"effort {effort!r} is unknown: use none, {', '.join(_EFFORTS)}", param="effort"
+        )
+
+
+def translated(fields: Message, original: Original) -> TurnRequest:
+    """The chat completion that was made of a request of another API."""
+    request = parse_turn(Api.CHAT, msgspec.json.encode(fields))
+    request.original = original
+    return request
