@@ -34,6 +34,7 @@ def _load(path: Path) -> Any:
 
 fake_openai = _load(HERE.parent / "client" / "fake_openai.py")
 recording_proxy = _load(HERE / "recording_proxy.py")
+matrix = _load(HERE / "matrix.py")
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +118,11 @@ def code() -> str:
     """About 8 kB of Python."""
     path = ROOT / "serving" / "conserve_serving" / "core" / "scheduler.py"
     return path.read_text("utf-8")[:8000]
+
+
+@pytest.fixture(params=["english", "code"])
+def case(request: pytest.FixtureRequest, proxy: Any, gateway: Gateway, model_name: str) -> Any:
+    """A `matrix.Case`: its question comes after prose once, after code once."""
+    text: str = request.getfixturevalue(request.param)
+    question = f"{text}\n\n{matrix.QUESTION}"
+    return matrix.Case(proxy=proxy, gateway=gateway, model=model_name, question=question)

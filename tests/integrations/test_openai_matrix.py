@@ -1,0 +1,114 @@
+"""The OpenAI clients in every way of calling, through the real gateway, one attempt refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from conserve_agents import ServerTokenCounter, conversation, wire
+from conserve_agents.openai import AsyncConServeOpenAI, ConServeOpenAI
+
+#: Turns of the loop below: two tools called one after the other, an answer, a second answer.
+TURNS = 4
+
+
+def schemas(tools: Any) -> list[Any]:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    }
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.__name__,
+                "description": tool.__doc__,
+                "parameters": parameters,
+            },
+        }
+        for tool in tools
+    ]
+
+
+def results(message: Any, tools: Any) -> list[Any]:
+    """The assistant's message, and what its tool calls give."""
+    named = {tool.__name__: tool for tool in tools}
+    answers = [
+        {
+            "role": "tool",
+            "tool_call_id": call.id,
+            "content": named[call.function.name](**json.loads(call.function.arguments)),
+        }
+        for call in message.tool_calls or ()
+    ]
+    return [message.model_dump(exclude_none=True), *answers]
+
+
+def create(client: ConServeOpenAI, **call: Any) -> Any:
+    return client.chat.completions.create(**call).choices[0].message
+
+
+def create_raw(client: ConServeOpenAI, **call: Any) -> Any:
+    return client.chat.completions.with_raw_response.create(**call).parse().choices[0].message
+
+
+def create_with_options(client: ConServeOpenAI, **call: Any) -> Any:
+    return client.with_options(timeout=30).chat.completions.create(**call).choices[0].message
+
+
+def stream(client: ConServeOpenAI, **call: Any) -> Any:
+    with client.chat.completions.stream(**call) as events:
+        return events.get_final_completion().choices[0].message
+
+
+@pytest.mark.parametrize("ask", [create, create_raw, create_with_options, stream])
+def test_sync(ask: Any, case: Any) -> None:
+    case.proxy.refuse(1, 3)
+    messages: list[Any] = [{"role": "user", "content": case.question}]
+    with ConServeOpenAI(base_url=case.proxy.base_url) as client, conversation():
+        for _ in range(TURNS):
+            message = ask(client, model=case.model, messages=messages, tools=schemas(case.tools))
+            messages += results(message, case.tools)
+            if not message.tool_calls:
+                messages.append({"role": "user", "content": case.follow_up})
+    case.served_as_one(turns=TURNS)
+
+
+async def acreate(client: AsyncConServeOpenAI, **call: Any) -> Any:
+    return (await client.chat.completions.create(**call)).choices[0].message
+
+
+async def astream(client: AsyncConServeOpenAI, **call: Any) -> Any:
+    async with client.chat.completions.stream(**call) as events:
+        return (await events.get_final_completion()).choices[0].message
+
+
+@pytest.mark.parametrize("ask", [acreate, astream])
+async def test_async(ask: Any, case: Any) -> None:
+    case.proxy.refuse(2, 3)
+    messages: list[Any] = [{"role": "user", "content": case.question}]
+    async with AsyncConServeOpenAI(base_url=case.proxy.base_url) as client, conversation():
+        for _ in range(TURNS):
+            call = {"model": case.model, "messages": messages, "tools": schemas(case.tools)}
+            message = await ask(client, **call)
+            messages += results(message, case.tools)
+            if not message.tool_calls:
+                messages.append({"role": "user", "content": case.follow_up})
+    case.served_as_one(turns=TURNS)
+
+
+def test_the_servers_own_count_is_exact(case: Any) -> None:
+    messages: list[Any] = [{"role": "user", "content": case.question}]
+    counter = ServerTokenCounter(case.gateway)
+    client = ConServeOpenAI(base_url=case.proxy.base_url, token_counter=counter)
+    with client, conversation():
+        for _ in range(2):
+            message = create(client, model=case.model, messages=messages)
+            messages += [message.model_dump(exclude_none=True), {"role": "user", "content": "?"}]
+    served = case.served_as_one(turns=2)
+    counted = served.seen["recent_turns"][0]["prompt_tokens"]
+    assert {call.tag(wire.FIRST_TURN_TOKENS) for call in case.proxy.calls} == {str(counted)}
+    assert {call.tag(wire.TOKEN_COUNTER) for call in case.proxy.calls} == {"server"}
