@@ -17,8 +17,9 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import sys
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
 from conserve_agents.context import current_conversation, propagate
@@ -43,7 +44,7 @@ class ContextExecutor(Executor):
 
     def submit(self, fn: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
         """As ``Executor.submit``; ``map`` comes here too."""
-        if not isinstance(self._inner, ProcessPoolExecutor):
+        if not _has_processes(self._inner):
             return self._inner.submit(propagate(fn), *args, **kwargs)
         talk = current_conversation()
         if talk is None:
@@ -53,6 +54,12 @@ class ContextExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As ``Executor.shutdown``."""
         self._inner.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _has_processes(executor: Executor) -> bool:
+    """Whether it is a process pool; whoever has made one has imported its module."""
+    module = sys.modules.get("concurrent.futures.process")
+    return module is not None and isinstance(executor, module.ProcessPoolExecutor)
 
 
 def _handed_over(

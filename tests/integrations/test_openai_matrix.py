@@ -100,6 +100,69 @@ async def test_async(ask: Any, case: Any) -> None:
     case.served_as_one(turns=TURNS)
 
 
+# --- the Responses API -----------------------------------------------------------------------
+
+
+def flat(tools: Any) -> list[Any]:
+    """Tool schemas as the Responses API has them."""
+    return [{"type": "function", **schema["function"]} for schema in schemas(tools)]
+
+
+def outputs(response: Any, tools: Any) -> list[Any]:
+    """What the tool calls of a response give."""
+    named = {tool.__name__: tool for tool in tools}
+    return [
+        {
+            "type": "function_call_output",
+            "call_id": item.call_id,
+            "output": named[item.name](**json.loads(item.arguments)),
+        }
+        for item in response.output
+        if item.type == "function_call"
+    ]
+
+
+def respond(client: ConServeOpenAI, **call: Any) -> Any:
+    return client.responses.create(**call)
+
+
+def respond_streaming(client: ConServeOpenAI, **call: Any) -> Any:
+    with client.responses.stream(**call) as events:
+        return events.get_final_response()
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["history", "previous_response_id"])
+@pytest.mark.parametrize("ask", [respond, respond_streaming])
+def test_responses(ask: Any, chained: bool, case: Any) -> None:
+    case.proxy.refuse(1, 3)
+    items: list[Any] = [{"role": "user", "content": case.question}]
+    call: dict[str, Any] = {"model": case.model, "tools": flat(case.tools)}
+    call["instructions"] = "Answer in short sentences."
+    with ConServeOpenAI(base_url=case.proxy.base_url) as client, conversation():
+        for _ in range(TURNS):
+            response = ask(client, input=items, **call)
+            results = outputs(response, case.tools)
+            new = results or [{"role": "user", "content": case.follow_up}]
+            if chained:
+                items, call["previous_response_id"] = new, response.id
+            else:
+                items = [*items, *(i.to_dict(mode="json") for i in response.output), *new]
+    case.served_as_one(turns=TURNS)
+
+
+async def test_async_responses(case: Any) -> None:
+    case.proxy.refuse(2)
+    items: list[Any] = [{"role": "user", "content": case.question}]
+    async with AsyncConServeOpenAI(base_url=case.proxy.base_url) as client, conversation():
+        for _ in range(TURNS):
+            call = {"model": case.model, "input": items, "tools": flat(case.tools)}
+            async with client.responses.stream(**call) as events:
+                response = await events.get_final_response()
+            items += [item.to_dict(mode="json") for item in response.output]
+            items += outputs(response, case.tools) or [{"role": "user", "content": case.follow_up}]
+    case.served_as_one(turns=TURNS)
+
+
 def test_the_servers_own_count_is_exact(case: Any) -> None:
     messages: list[Any] = [{"role": "user", "content": case.question}]
     counter = ServerTokenCounter(case.gateway)
