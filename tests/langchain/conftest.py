@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from pytest_asyncio import is_async_test
 
-import langchain_conserve.chat_model
 from conserve_agents import logs
+from langchain_conserve import identity
 from langchain_conserve.identity import Conversations
 
 
@@ -56,7 +56,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
         *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(langchain_conserve.chat_model, "_conversations", Conversations())
+    monkeypatch.setattr(identity, "known", Conversations())
     monkeypatch.setattr(logs, "_seen", set())
 
 
