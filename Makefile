@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-openai2 check lint types contracts bench clean
+.PHONY: help setup demo test test-slow test-openai2 test-litellm check lint types contracts bench clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -40,6 +40,17 @@ test-openai2: setup
 	  -c constraints-openai2.txt -e . 'openai>=2.45,<3' hypothesis pytest pytest-asyncio
 	@$(VENV)-openai2/bin/python -m pytest -q tests/client
 
+# The LiteLLM provider, with LiteLLM and its proxy, which do not fit into the development environment.
+$(VENV)-litellm/.ready: pyproject.toml constraints-litellm.txt
+	@test -x $(VENV)-litellm/bin/python || $(PYTHON) -m venv $(VENV)-litellm
+	@echo "installing LiteLLM into $(VENV)-litellm (a minute or two, 750 MB) ..."
+	@$(VENV)-litellm/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-litellm.txt -e '.[litellm,serving]' 'litellm[proxy]' pytest pytest-asyncio
+	@touch $@
+
+test-litellm: setup $(VENV)-litellm/.ready
+	@$(VENV)-litellm/bin/python -m pytest -q tests/integrations/litellm
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -57,4 +68,4 @@ bench: setup
 	@$(BIN)/python benchmarks/gateway_overhead/run.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-openai2 .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf $(VENV) $(VENV)-openai2 $(VENV)-litellm .mypy_cache .ruff_cache .pytest_cache .hypothesis out
