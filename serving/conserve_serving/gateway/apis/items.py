@@ -24,6 +24,10 @@ from conserve_serving.gateway.apis.request import (
 )
 from conserve_serving.gateway.errors import InvalidRequestError
 
+#: The one argument of a custom tool, as the model sees it.
+CUSTOM_INPUT: Final = "input"
+_CALLS: Final = ("function_call", "custom_tool_call")
+_OUTPUTS: Final = ("function_call_output", "custom_tool_call_output")
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system"} | {
     "developer": "system"  # what models served here know it as
 }
@@ -37,6 +41,7 @@ class _Item(msgspec.Struct):
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
+    input: str | None = None
     output: Raw | UnsetType = UNSET
 
 
@@ -74,19 +79,19 @@ def chat_messages(items: Sequence[Raw], where: str = "input") -> list[Message]:
             said = None
             messages.append(_message(item, at))
             continue
-        if kind == "function_call_output":
+        if kind in _OUTPUTS:
             said = None
             messages.append(_output(item, at))
             continue
-        if kind not in ("message", "function_call", "reasoning"):
+        if kind not in ("message", "reasoning", *_CALLS):
             if kind is None:
                 raise InvalidRequestError(f"{at}.type is missing", param=f"{at}.type")
             raise refuse(
                 f"{at}.type {kind!r}",
-                "send message, function_call, function_call_output or reasoning items",
+                "send messages, reasoning, calls of functions and custom tools, and their outputs",
             )
         # Text or reasoning after a call begins another message of the model.
-        if said is None or ("tool_calls" in said and kind != "function_call"):
+        if said is None or ("tool_calls" in said and kind not in _CALLS):
             said = {"role": "assistant", "content": None}
             messages.append(said)
         if kind == "message":
@@ -95,10 +100,13 @@ def chat_messages(items: Sequence[Raw], where: str = "input") -> list[Message]:
                 said = {"role": "assistant", "content": None}
                 messages.append(said)
             said["content"] = text
-        elif kind == "function_call":
+        elif kind in _CALLS:
             if not item.call_id or not item.name:
                 raise InvalidRequestError(f"{at} needs a call_id and a name", param=at)
-            made = call(item.call_id, item.name, item.arguments or "{}")
+            arguments = item.arguments or "{}"
+            if kind == "custom_tool_call":
+                arguments = msgspec.json.encode({CUSTOM_INPUT: item.input or ""}).decode()
+            made = call(item.call_id, item.name, arguments)
             said.setdefault("tool_calls", []).append(made)
         elif (thought := _reasoning(item, at)) is not None:
             said["reasoning_content"] = said.get("reasoning_content", "") + thought

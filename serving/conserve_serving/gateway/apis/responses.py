@@ -91,6 +91,7 @@ class ResponsesApi:
             id=f"resp_{gateway.token()}",
             model=asked.fields["model"],
             created_s=int(time.time()),
+            custom=asked.custom,
             echo=asked.echo,
             on_whole=remember,
         )

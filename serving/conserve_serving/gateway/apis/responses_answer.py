@@ -25,6 +25,7 @@ class ResponsesAnswer(Answer):
         id: of the response.
         model: as the client named it.
         created_s: seconds since the epoch.
+        custom: names of custom tools, whose calls carry text. It is known when it is whole.
         echo: what it repeats of the request.
         on_whole: told of the whole answer, and its JSON, before the client sees its end.
     """
@@ -35,6 +36,7 @@ class ResponsesAnswer(Answer):
         id: str,
         model: str,
         created_s: int,
+        custom: frozenset[str],
         echo: dict[str, Any],
         on_whole: Callable[[ResponsesAnswer, bytes], None],
     ) -> None:
@@ -42,13 +44,14 @@ class ResponsesAnswer(Answer):
         self.id = id
         self._model = model
         self._created_s = created_s
+        self._custom = custom
         self._echo = echo
         self._on_whole = on_whole
         self._number = 0
 
     def items(self) -> list[dict[str, Any]]:
         """The output items."""
-        return [self._item(block, "completed") for block in self.blocks]
+        return [self._item(block, self._status(block)) for block in self.blocks]
 
     def on_begin(self) -> bytes:
         """See `Answer`."""
@@ -68,6 +71,8 @@ class ResponsesAnswer(Answer):
 
     def on_delta(self, block: Block, text: str) -> bytes:
         """See `Answer`."""
+        if block.name in self._custom:
+            return b""
         if block.kind == "call":
             return self._block_event("response.function_call_arguments.delta", block, delta=text)
         if block.kind == "text":
@@ -77,7 +82,11 @@ class ResponsesAnswer(Answer):
     def on_close(self, block: Block) -> bytes:
         """See `Answer`."""
         text = block.text
-        if block.kind == "call":
+        if block.name in self._custom:
+            kind, text = "response.custom_tool_call_input", _input(text)
+            out = self._block_event(f"{kind}.delta", block, delta=text)
+            out += self._block_event(f"{kind}.done", block, input=text)
+        elif block.kind == "call":
             kind = "response.function_call_arguments.done"
             out = self._block_event(kind, block, arguments=text, name=block.name)
         else:
@@ -87,7 +96,7 @@ class ResponsesAnswer(Answer):
                 done = self._block_event("response.reasoning_text.done", block, text=text)
             part = self._part(block, text)
             out = done + self._block_event("response.content_part.done", block, part=part)
-        item = self._item(block, "completed")
+        item = self._item(block, self._status(block))
         return out + self._event("response.output_item.done", output_index=block.index, item=item)
 
     def on_complete(self) -> bytes:
@@ -134,6 +143,10 @@ class ResponsesAnswer(Answer):
             error["param"] = "input"
         return msgspec.json.encode({"error": error})
 
+    def _status(self, block: Block) -> str:
+        cut = self.finish in _INCOMPLETE and block is self.blocks[-1]
+        return "incomplete" if cut else "completed"
+
     # --- pieces -------------------------------------------------------------------------------
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
@@ -155,6 +168,15 @@ class ResponsesAnswer(Answer):
 
     def _item(self, block: Block, status: str, *, empty: bool = False) -> dict[str, Any]:
         id, text = self._id(block), "" if empty else block.text
+        if block.name in self._custom:
+            return {
+                "type": "custom_tool_call",
+                "id": id,
+                "call_id": block.id,
+                "name": block.name,
+                "input": "" if empty else _input(text),
+                "status": status,
+            }
         if block.kind == "call":
             return {
                 "type": "function_call",
@@ -196,3 +218,15 @@ class ResponsesAnswer(Answer):
             "user": None,
             **self._echo,
         }
+
+
+class _Custom(msgspec.Struct):
+    input: str
+
+
+def _input(arguments: str) -> str:
+    """The text of a custom tool's call; what the model wrote, where it kept to no form."""
+    try:
+        return msgspec.json.decode(arguments, type=_Custom).input
+    except msgspec.DecodeError:
+        return arguments

@@ -3,7 +3,8 @@
 Ignored because they change nothing here: ``include``, ``truncation``, ``service_tier``,
 ``prompt_cache_*``, ``text.verbosity``, ``reasoning.summary``, ``user`` and everything the gateway
 has not heard of. An offer of web search is ignored too, as nobody here can run it and a model that
-is not told of it does not miss it. Refused: what would change the answer.
+is not told of it does not miss it. A custom tool, which takes text instead of JSON, is offered as a
+function of one string. Refused: what would change the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from conserve_serving.gateway.apis.items import chat_messages
+from conserve_serving.gateway.apis.items import CUSTOM_INPUT, chat_messages
 from conserve_serving.gateway.apis.request import (
     Message,
     decode,
@@ -35,6 +36,14 @@ class _Tool(msgspec.Struct):
     name: str | None = None
     description: str | None = None
     parameters: Raw | UnsetType = UNSET
+
+
+#: What a custom tool is offered with.
+_ONE_TEXT: Final = {
+    "type": "object",
+    "properties": {CUSTOM_INPUT: {"type": "string"}},
+    "required": [CUSTOM_INPUT],
+}
 
 
 class _Format(msgspec.Struct):
@@ -101,6 +110,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True):
         fields: of the chat completion, but for its messages.
         opening: messages before the history: the instructions, which are not remembered.
         new: messages that this request adds.
+        custom: names of the custom tools.
         echo: what the response repeats of the request.
     """
 
@@ -112,6 +122,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True):
     store: bool
     previous: str | None
     conversation: str | None
+    custom: frozenset[str]
     echo: dict[str, Any]
 
 
@@ -169,6 +180,7 @@ def parse_responses(body: bytes | bytearray) -> ResponsesRequest:
         store=asked.store is not False,
         previous=asked.previous_response_id,
         conversation=conversation,
+        custom=frozenset(tool["name"] for tool in tools if tool["type"] == "custom"),
         echo=echo,
     )
 
@@ -218,11 +230,16 @@ def _tools(asked: _Request, fields: Message) -> list[dict[str, Any]]:
         where = f"tools[{number}]"
         if tool.type in _SEARCHES:
             continue
-        if tool.type != "function":
+        if tool.type not in ("function", "custom"):
             remedy = "declare it as a function, which the client runs"
             raise refuse(f"{where}.type {tool.type!r}", remedy)
         if not tool.name:
             raise InvalidRequestError(f"{where}.name is missing", param=f"{where}.name")
+        if tool.type == "custom":
+            made = {"name": tool.name, "description": tool.description or ""}
+            offered.append({"type": "function", "function": {**made, "parameters": _ONE_TEXT}})
+            echoed.append({"type": "custom", **made})
+            continue
         offered.append(function(tool.name, tool.description, tool.parameters))
         echoed.append(
             {
@@ -248,7 +265,7 @@ def _tools(asked: _Request, fields: Message) -> list[dict[str, Any]]:
         fields["tool_choice"] = mode
         return echoed
     named = decode(choice, _CHOICE, "tool_choice")
-    if named.type != "function" or not named.name:
+    if named.type not in ("function", "custom") or not named.name:
         raise refuse(f"tool_choice.type {named.type!r}", "name a function")
     fields["tool_choice"] = {"type": "function", "function": {"name": named.name}}
     return echoed
