@@ -34,7 +34,7 @@ def make_crew(case: Any, *, streamed: bool = False) -> Any:
     from conserve_agents.crewai import ConServeInterceptor  # noqa: PLC0415 - needs crewai
 
     llm = crewai.LLM(
-        model=f"openai/{case.model}",
+        model=case.model,
         provider="openai",
         base_url=case.proxy.base_url,
         api_key="conserve",
