@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-openai2 test-litellm check lint types contracts bench clean
+.PHONY: help setup demo test test-slow test-openai2 test-litellm test-recipes \
+  test-recipes-openai3 test-recipes-openai2 check lint types contracts bench clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -51,6 +52,27 @@ $(VENV)-litellm/.ready: pyproject.toml constraints-litellm.txt
 test-litellm: setup $(VENV)-litellm/.ready
 	@$(VENV)-litellm/bin/python -m pytest -q tests/integrations/litellm
 
+# Agent frameworks on our OpenAI clients, through the real gateway. Two environments: most need
+# openai 3, CrewAI needs openai 2, where the matrix of our own clients runs again as well.
+RECIPES_openai3 := openai-agents 'pydantic-ai-slim[openai]' 'smolagents[openai]' \
+  autogen-agentchat 'autogen-ext[openai]'
+RECIPES_openai2 := crewai
+RECIPE_TESTS_openai2 := tests/integrations/test_openai_*.py tests/integrations/test_session_*.py
+
+$(VENV)-recipes-%/.ready: pyproject.toml constraints-recipes-%.txt
+	@test -x $(VENV)-recipes-$*/bin/python || $(PYTHON) -m venv $(VENV)-recipes-$*
+	@echo "installing into $(VENV)-recipes-$* (a minute, 260 MB for openai 3, 1.1 GB for openai 2) ..."
+	@$(VENV)-recipes-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-recipes-$*.txt -e '.[openai,serving]' $(RECIPES_$*) \
+	  hypothesis pytest pytest-asyncio
+	@touch $@
+
+test-recipes: test-recipes-openai3 test-recipes-openai2
+
+test-recipes-openai3 test-recipes-openai2: test-recipes-%: setup $(VENV)-recipes-%/.ready
+	@$(VENV)-recipes-$*/bin/python -m pytest -q --disable-warnings \
+	  tests/integrations/test_recipes_*.py $(RECIPE_TESTS_$*)
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -68,4 +90,5 @@ bench: setup
 	@$(BIN)/python benchmarks/gateway_overhead/run.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-openai2 $(VENV)-litellm .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf $(VENV) $(VENV)-openai2 $(VENV)-litellm $(VENV)-recipes-openai2 $(VENV)-recipes-openai3
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis out
