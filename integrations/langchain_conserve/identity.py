@@ -212,7 +212,7 @@ class Conversations:
                 self._threads.popitem(last=False)
             id_, branch, parent_id, turns = thread.resolve(root_id, site, site.namespace, chain)
             known = thread.conversations
-            if id_ not in known:
+            if id_ not in known or known[id_].ended:  # ended, and yet it goes on
                 known[id_] = Conversation(id_, parent_id=parent_id, turns=turns)
                 if id_ == root_id:
                     known[id_].handover()  # other processes may serve the thread: histories count

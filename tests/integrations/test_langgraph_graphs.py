@@ -53,7 +53,7 @@ def before_turn(graph: Any, number: int) -> Any:
     return [state for state in reversed(states) if state.next == ("model",)][number - 1]
 
 
-# --- time travel ------------------------------------------------------------------------------
+# --- time travel --------------------------------------------------------------------------------
 
 
 def test_a_replay_is_a_fork_with_its_parent_and_the_thread_goes_on_there(

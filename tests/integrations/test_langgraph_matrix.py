@@ -42,7 +42,7 @@ def measure(thing: str) -> str:
     return f"{thing} measures 42"
 
 
-# --- the clients ------------------------------------------------------------------------------
+# --- the clients --------------------------------------------------------------------------------
 
 
 async def plain_model(base_url: str, model: str, questions: list[str]) -> str | None:
@@ -163,7 +163,7 @@ def settled(gateway: Gateway, id_: str) -> dict[str, Any]:
     return seen
 
 
-# --- what each of them gets --------------------------------------------------------------------
+# --- what each of them gets ---------------------------------------------------------------------
 
 
 @pytest.mark.asyncio(loop_scope="session")
