@@ -50,6 +50,7 @@ class FakeOpenAI:
         self.seen: list[Seen] = []
         self.script: deque[Reply] = deque()
         self.end_status = 204
+        self.placement: Callable[[Seen, int], str] = lambda seen, number: f"place-{number}"
         self.tokenize_status = 200
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -137,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         if reply.after is not None:
             reply.after()
         headers = {
-            wire.PLACEMENT: f"place-{len(self.fake.calls)}",
+            wire.PLACEMENT: self.fake.placement(seen, len(self.fake.calls)),
             wire.TURN_INDEX: seen.tag(wire.TURN_INDEX) or "1",
             **reply.headers,
         }
