@@ -73,7 +73,7 @@ class _Prompt:
     Attributes:
         links: the chained hashes it is found by; of messages one.
         root: hash of the salt, the tools and the system message.
-        last: hash of its last message.
+        last, last_role: hash and role of its last message.
         evidence: hashes of the exchange it ends with; a later prompt that has one of them is a
             rewrite of this one.
         anchor: hash of its whole blocks; None for a short one.
@@ -85,6 +85,7 @@ class _Prompt:
         "conversation",
         "evidence",
         "last",
+        "last_role",
         "length",
         "links",
         "root",
@@ -96,6 +97,7 @@ class _Prompt:
         self.conversation: ConversationId | None = None
         self.root = b""
         self.last = b""
+        self.last_role = ""
         self.evidence: tuple[bytes, ...] = ()
         self.anchor: bytes | None = None
         self.length = 0
@@ -263,11 +265,13 @@ class Lineage:
             links.append(link)
         match = self._look_up(links, root, digests)
         prompt = match.prompt
-        prompt.root, prompt.last = root, digests[-1]
+        roles = [known.last_role] if known else []
+        roles += map(_role, messages[-2:])
+        prompt.root, prompt.last, prompt.last_role = root, digests[-1], roles[-1]
         if known is not None and not messages:
             prompt.evidence = known.evidence
         elif len(digests) > 1:
-            prompt.evidence = _evidence(root, digests, messages)
+            prompt.evidence = _evidence(root, digests, roles[-2:])
         anchors.put_on(prompt)
         return match
 
@@ -358,14 +362,13 @@ class _Anchors:
             prompt.length, prompt.tail = self._mark.length, self._mark.tail
 
 
-def _evidence(root: bytes, digests: Sequence[bytes], messages: Sequence[Raw]) -> tuple[bytes, ...]:
+def _evidence(root: bytes, digests: Sequence[bytes], roles: Sequence[str]) -> tuple[bytes, ...]:
     """What a later prompt is recognised as a rewrite of this one by.
 
     The last two messages together, if one of them is the model's or a tool's: words that a user or
     a test says to everybody name no conversation. A tool's result alone, which carries the id of
     its call.
     """
-    roles = [_role(message) for message in messages[-2:]]
     found: list[bytes] = []
     if "assistant" in roles or "tool" in roles:
         found.append(xxh3_128_digest(root + digests[-2] + digests[-1]))
