@@ -15,7 +15,10 @@ from typing import Any, Final, get_type_hints
 
 SCRIPT: Final = Path(__file__).with_name("shop.sql")
 REASONS: Final = ("no longer needed", "ordered by mistake")
-_TYPES: Final = {str: {"type": "string"}, list[str]: {"type": "array", "items": {"type": "string"}}}
+_TYPES: Final[dict[Any, dict[str, Any]]] = {
+    str: {"type": "string"},
+    list[str]: {"type": "array", "items": {"type": "string"}},
+}
 
 
 class ShopError(Exception):
