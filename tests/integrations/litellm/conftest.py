@@ -11,6 +11,8 @@ import pytest
 
 #: Before LiteLLM is imported: it would look for prices on the network.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+#: Seconds; the Router would wait for half a second and longer before each retry.
+os.environ["INITIAL_RETRY_DELAY"] = "0.01"
 
 _numbers = count(1)
 

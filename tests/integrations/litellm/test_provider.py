@@ -464,6 +464,7 @@ async def test_many_sessions_at_once_never_mix(
         for turn in range(3):
             await litellm.acompletion(**call(f"{session}-task-{task}", turn))
 
+    server._server.socket.listen(100)  # http.server lets five wait
     with ThreadPoolExecutor(10) as pool:
         threads = [pool.submit(in_thread, thread) for thread in range(10)]
         await asyncio.gather(*(in_task(task) for task in range(40)))
