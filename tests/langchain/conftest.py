@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run this folder's async tests in one event loop, and none of them from a recording.
 
     langchain-openai keeps one async client per address, and a client belongs to one loop.
-    ``vcr`` (of ``test_stream_time``, which skips itself) would write a file beside the test.
+    ``vcr`` (of ``test_stream_time``) would write a file beside the test.
     """
     here = Path(__file__).parent
     for item in items:

@@ -1,0 +1,187 @@
+"""What tagging costs the client each turn, by size of the history.
+
+Nothing is sent: the OpenAI clients run against a transport that answers at once, the stock client
+and ours in turns, so that the difference is ours. The session layer alone is timed as well: what
+any integration pays. What the gateway pays to read identity: benchmarks/identity/run.py.
+
+    python benchmarks/client_tagging/run.py [--turns 400] [--sizes-kb 2,20,200,1000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from conserve_agents import BytesTokenCounter, Conversation, wire
+from conserve_agents.openai import ConServeOpenAI
+from conserve_agents.turns import prompt_of
+
+TARGET_US = 200.0
+TARGET_KB = 200
+#: About what a tool result or a message of a coding agent has.
+MESSAGE_BYTES = 2_000
+ANSWER = {
+    "id": "r",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "ok"}}
+    ],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+}
+REPORT = {
+    wire.TURN_INDEX: "7",
+    wire.IDENTITY_SOURCE: "conserve",
+    wire.PREFILL_ENGINE: "p0",
+    wire.DECODE_ENGINE: "d0",
+    wire.TRANSFERS: "1",
+    wire.REASON: "pinned",
+    wire.OVERHEAD_MS: "0.412",
+    wire.PLACEMENT: "p" * 80,
+}
+
+
+def history(size_kb: int) -> list[dict[str, Any]]:
+    """An agent's messages of about this many kilobytes: user, then assistant and tool in turn."""
+    text = ("def look(path: Path) -> str:\n    return path.read_text()  # a line of a file\n" * 99)[
+        :MESSAGE_BYTES
+    ]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+    while len(messages) * MESSAGE_BYTES < size_kb * 1000:
+        number = len(messages)
+        function = {"name": "read_file", "arguments": json.dumps({"path": text[:200]})}
+        call = {"id": f"call-{number}", "type": "function", "function": function}
+        messages.append({"role": "assistant", "content": text[:400], "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_call_id": f"call-{number}", "content": text})
+    return messages
+
+
+def timed(work: Callable[[], object], rounds: int) -> list[float]:
+    """Microseconds of each of ``rounds`` runs."""
+    clock = time.perf_counter_ns
+    spent = []
+    for _ in range(rounds):
+        start = clock()
+        work()
+        spent.append((clock() - start) / 1e3)
+    return spent
+
+
+def row(name: str, samples: list[float]) -> dict[str, Any]:
+    """One line of the table."""
+    ordered = sorted(samples)
+    return {
+        "what": name,
+        "p50_us": statistics.median(ordered),
+        "p99_us": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
+    }
+
+
+def session_layer(messages: list[Any], rounds: int) -> Iterator[dict[str, Any]]:
+    """A tail turn and a first turn, without any client."""
+    talk = Conversation()
+    talk.headers_for(messages)
+    body = {"model": "m", "messages": messages}
+
+    def tail() -> None:
+        tags = talk.headers_for(prompt_of(body))
+        talk.observe(REPORT, turn_id=tags[wire.TURN_ID])
+
+    yield row("session layer, tail turn (tag and answer)", timed(tail, rounds))
+    shared = Conversation()
+    shared.headers_for(messages)
+    shared.handover()
+    yield row(
+        "the same, of a conversation shared between processes",
+        timed(lambda: shared.headers_for(messages), rounds),
+    )
+    counter = BytesTokenCounter()
+    yield row(
+        "first turn's length, bytes / 4", timed(lambda: counter.count(messages, None), rounds)
+    )
+
+
+def clients(messages: list[Any], rounds: int) -> Iterator[dict[str, Any]]:
+    """Stock and ours in turns, against a transport that answers at once."""
+    httpx = sys.modules.get("httpx2") or sys.modules["httpx"]
+
+    def answer(request: Any) -> Any:
+        return httpx.Response(200, json=ANSWER, headers=REPORT, request=request)
+
+    def options() -> dict[str, Any]:
+        transport = httpx.MockTransport(answer)
+        return {
+            "base_url": "http://g/v1",
+            "api_key": "k",
+            "http_client": httpx.Client(transport=transport),
+        }
+
+    stock = openai.OpenAI(**options())
+    ours = ConServeOpenAI(**options())
+    talk = Conversation(end_on_exit=False)
+    call = {"model": "m", "messages": messages}
+
+    def one(client: openai.OpenAI) -> None:
+        client.chat.completions.create(**call)
+
+    with talk:
+        one(stock)
+        one(ours)
+        differences, whole = [], []
+        for _ in range(rounds):
+            (theirs_us,) = timed(lambda: one(stock), 1)
+            (ours_us,) = timed(lambda: one(ours), 1)
+            whole.append(theirs_us)
+            differences.append(ours_us - theirs_us)
+    yield row("OpenAI client, what ours adds", differences)
+    yield row("(the stock client's whole call)", whole)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; exit status 1 where the target is missed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--turns", type=int, default=400, help="turns a size")
+    parser.add_argument("--sizes-kb", default="2,20,200,1000")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args(argv)
+    print(
+        f"python {platform.python_version()}, openai {openai.__version__}, {args.turns} turns each"
+    )
+    print(f"{'history':>9}  {'p50 µs':>8}  {'p99 µs':>8}  what")
+    table = []
+    gc.collect()
+    gc.freeze()
+    for size_kb in map(int, args.sizes_kb.split(",")):
+        messages = history(size_kb)
+        # Long histories cost the stock client milliseconds a call: fewer rounds of those.
+        rounds = max(50, min(args.turns, args.turns * 200 // max(size_kb, 1)))
+        for measure in (session_layer, clients):
+            for line in measure(messages, rounds):
+                table.append({"history_kb": size_kb, **line})
+                print(
+                    f"{size_kb:>6} kB  {line['p50_us']:>8.1f}  {line['p99_us']:>8.1f}  "
+                    f"{line['what']}",
+                    flush=True,
+                )
+    at_target = [r for r in table if r["history_kb"] == TARGET_KB and "tail turn" in r["what"]]
+    for line in at_target:
+        verdict = "met" if line["p50_us"] < TARGET_US else "missed"
+        print(f"target of {TARGET_US:.0f} µs at {TARGET_KB} kB: {verdict} ({line['what']})")
+    if args.json:
+        args.json.write_text(json.dumps({"python": sys.version, "rows": table}, indent=1) + "\n")
+    return int(any(line["p50_us"] >= TARGET_US for line in at_target))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
