@@ -50,14 +50,14 @@ class BytesTokenCounter:
 
     def count(self, prompt: Prompt, tools: Sequence[Any] | None) -> int:
         """See :class:`TokenCounter`; accepts anything and never fails on an odd message."""
-        size_bytes = len(prompt.encode("utf-8", "replace")) if isinstance(prompt, str) else 0
+        size_bytes = _utf8_bytes(prompt) if isinstance(prompt, str) else 0
         if not isinstance(prompt, str):
             size_bytes = sum(_text_bytes(m) + BYTES_PER_MESSAGE for m in prompt)
         if tools:
             schemas = json.dumps(
                 tools, ensure_ascii=False, separators=(",", ":"), default=str, skipkeys=True
             )
-            size_bytes += len(schemas.encode("utf-8", "replace"))
+            size_bytes += _utf8_bytes(schemas)
         return max(1, -(-size_bytes // BYTES_PER_TOKEN))
 
 
@@ -126,8 +126,12 @@ def texts_of(message: Any) -> tuple[list[str], int]:
 
 def _text_bytes(message: Any) -> int:
     texts, attachments = texts_of(message)
-    size_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    return size_bytes + attachments * TOKENS_PER_ATTACHMENT * BYTES_PER_TOKEN
+    return sum(map(_utf8_bytes, texts)) + attachments * TOKENS_PER_ATTACHMENT * BYTES_PER_TOKEN
+
+
+def _utf8_bytes(text: str) -> int:
+    # Whether a string is ASCII is known to it: most of a history is never encoded.
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def _collect(value: Any, texts: list[str]) -> int:
@@ -135,11 +139,18 @@ def _collect(value: Any, texts: list[str]) -> int:
     if isinstance(value, str):
         texts.append(value)
         return 0
-    if isinstance(value, Mapping):
+    if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 - the first is quick
         kind = value.get("type")
         if isinstance(kind, str) and kind in _ATTACHMENTS:
             return 1
-        return sum(_collect(v, texts) for k, v in value.items() if k not in _NOT_TEXT)
+        attachments = 0
+        for key, part in value.items():
+            if key not in _NOT_TEXT:
+                if isinstance(part, str):
+                    texts.append(part)
+                elif part is not None:
+                    attachments += _collect(part, texts)
+        return attachments
     if isinstance(value, bytes | int | float) or value is None:
         return 0
     dump = getattr(value, "model_dump", None)
