@@ -88,6 +88,7 @@ check: lint types contracts test
 bench: setup
 	@$(BIN)/python benchmarks/scheduler_core/run.py
 	@$(BIN)/python benchmarks/gateway_overhead/run.py
+	@$(BIN)/python benchmarks/identity/run.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-openai2 $(VENV)-litellm $(VENV)-recipes-openai2 $(VENV)-recipes-openai3

@@ -15,7 +15,7 @@ from msgspec import Raw
 
 from conserve_serving.gateway.apis.chat import Answer
 from conserve_serving.gateway.apis.client import TranslatedClient
-from conserve_serving.gateway.apis.items import chat_messages
+from conserve_serving.gateway.apis.items import ITEMS, chat_messages
 from conserve_serving.gateway.apis.messages_answer import MessagesAnswer, error_body
 from conserve_serving.gateway.apis.responses_answer import ResponsesAnswer
 from conserve_serving.gateway.apis.store import Entry, History, ResponseStore
@@ -153,8 +153,7 @@ def test_responses_events_and_whole_agree() -> None:
     }
     assert json.loads(whole.read(json.dumps(reply).encode())) == final
     # What the model said comes back as the one message that it was.
-    (said,) = chat_messages([Raw(json.dumps(item).encode()) for item in done])
-    assert said["content"].decode() if isinstance(said["content"], bytes) else said["content"]
+    (said,) = chat_messages(ITEMS.decode(json.dumps(done)))
     assert msgspec.json.decode(msgspec.json.encode(said)) == {
         "role": "assistant",
         "content": message["content"],

@@ -23,6 +23,7 @@ from conserve_serving.core.types import Reason, Tier, TurnId
 from conserve_serving.engines.client import EngineClient
 from conserve_serving.engines.http import HttpPool
 from conserve_serving.engines.http_errors import EngineHttpError
+from conserve_serving.gateway.apis.store import ResponseStore
 from conserve_serving.gateway.config import Config
 from conserve_serving.gateway.conversations import Conversation, Conversations, Usage
 from conserve_serving.gateway.engine import Engine
@@ -111,6 +112,12 @@ class Gateway:
         )
         self.identity = IdentityResolver(expand(identity.order, identity.aliases))
         self._lineage = Lineage(identity.lineage_entries) if self.identity.lineage else None
+        self.responses = ResponseStore(
+            clock=wall,
+            ttl_s=config.responses.ttl_s,
+            max_entries=config.responses.max_stored,
+            max_bytes=config.responses.max_stored_bytes,
+        )
         self.signer = PlacementSigner((settings.placement_key or token()).encode())
         self._boot = token()[:8]
         self._turn_number = 0
@@ -309,6 +316,11 @@ class Gateway:
     def may_hand_over(self) -> bool:
         """Whether a first turn's exact token ids may be needed."""
         return self._hands_over and bool(self.fleet.serving(Tier.PREFILL))
+
+    @property
+    def lineage_prompts(self) -> int:
+        """Prompts remembered to recognise conversations without an id by."""
+        return 0 if self._lineage is None else len(self._lineage)
 
     # --- conversations -----------------------------------------------------------------------
     def idle_conversation(self, conversation: Conversation) -> None:

@@ -277,7 +277,7 @@ def wrong_type(error: msgspec.ValidationError, where: str = "") -> InvalidReques
     field = found.group(1) if found else ""
     detail = _FIELD.sub("", text)
     if where:
-        field = re.sub(r"\[(\d+)\]", r".\1", f"{where}.{field}".rstrip(".")).replace("..", ".")
+        field = f"{where}.{field}".rstrip(".").replace(".[", "[")
     if not field:
         return InvalidRequestError(f"the request body must be a JSON object: {detail}")
     return InvalidRequestError(f"{field}: {detail}", param=field)

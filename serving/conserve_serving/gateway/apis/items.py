@@ -34,7 +34,9 @@ _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system"} |
 _TEXTS: Final = ("input_text", "output_text", "text", "summary_text")
 
 
-class _Item(msgspec.Struct):
+class Item(msgspec.Struct):
+    """One item, as far as it is read."""
+
     type: str | None = None
     role: str | None = None
     content: Raw | UnsetType = UNSET
@@ -54,16 +56,16 @@ class _Part(msgspec.Struct):
     filename: str | None = None
 
 
-_ITEM: Final = msgspec.json.Decoder(_Item)
+ITEMS: Final = msgspec.json.Decoder(list[Item])
 _PARTS: Final = msgspec.json.Decoder(list[_Part])
 _TEXT: Final = msgspec.json.Decoder(str)
 
 
-def chat_messages(items: Sequence[Raw], where: str = "input") -> list[Message]:
+def chat_messages(items: Sequence[Item], where: str = "input") -> list[Message]:
     """The chat messages that a list of input items stands for.
 
     Args:
-        items: raw items.
+        items: as `ITEMS` reads them.
         where: the field they are in, for errors.
 
     Raises:
@@ -71,9 +73,8 @@ def chat_messages(items: Sequence[Raw], where: str = "input") -> list[Message]:
     """
     messages: list[Message] = []
     said: Message | None = None  # the assistant message that is being put together
-    for number, raw in enumerate(items):
+    for number, item in enumerate(items):
         at = f"{where}[{number}]"
-        item = decode(raw, _ITEM, at)
         kind = item.type or ("message" if item.role else None)
         if kind == "message" and item.role != "assistant":
             said = None
@@ -113,7 +114,7 @@ def chat_messages(items: Sequence[Raw], where: str = "input") -> list[Message]:
     return [m for m in messages if m.get("content") is not None or "tool_calls" in m]
 
 
-def _message(item: _Item, where: str) -> Message:
+def _message(item: Item, where: str) -> Message:
     role = _ROLES.get(item.role or "")
     if role is None:
         raise InvalidRequestError(
@@ -122,14 +123,14 @@ def _message(item: _Item, where: str) -> Message:
     return {"role": role, "content": _content(item.content, where)}
 
 
-def _output(item: _Item, where: str) -> Message:
+def _output(item: Item, where: str) -> Message:
     if not item.call_id:
         raise InvalidRequestError(f"{where}.call_id is missing", param=f"{where}.call_id")
     content = _content(item.output, where, field="output")
     return {"role": "tool", "tool_call_id": item.call_id, "content": content}
 
 
-def _reasoning(item: _Item, where: str) -> str | None:
+def _reasoning(item: Item, where: str) -> str | None:
     """What the model thought, where it is readable; summaries and other vendors' seals are not."""
     if not given(item.content) or not isinstance(item.content, Raw):
         return None

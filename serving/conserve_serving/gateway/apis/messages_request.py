@@ -199,7 +199,7 @@ def _messages(asked: _Request) -> list[Message]:
     if system is not None:
         messages.append({"role": "system", "content": system})
     for number, message in enumerate(asked.messages or ()):
-        where = f"messages.{number}"
+        where = f"messages[{number}]"
         if message.role not in _ROLES:
             raise InvalidRequestError(
                 f"{where}.role must be one of {', '.join(_ROLES)}", param=f"{where}.role"
@@ -226,7 +226,7 @@ def _system(system: Raw | UnsetType) -> Any:
         return system
     texts = []
     for number, block in enumerate(decode(system, _BLOCKS, "system")):
-        where = f"system.{number}"
+        where = f"system[{number}]"
         if block.type != "text":
             raise refuse(f"{where}.type {block.type!r}", "send text blocks")
         text = decode(string(block.text, f"{where}.text"), _TEXT, f"{where}.text")
@@ -240,7 +240,7 @@ def _user(role: str, blocks: list[_Block], where: str) -> list[Message]:
     results: list[Message] = []
     parts: list[dict[str, Any]] = []
     for number, block in enumerate(blocks):
-        at = f"{where}.{number}"
+        at = f"{where}[{number}]"
         if block.type == "tool_result":
             if not block.tool_use_id:
                 raise InvalidRequestError(f"{at}.tool_use_id is missing", param=at)
@@ -258,7 +258,7 @@ def _result(block: _Block, where: str) -> Any:
     if isinstance(block.content, Raw) and is_list(block.content):
         parts: list[dict[str, Any]] = []
         for number, inner in enumerate(decode(block.content, _BLOCKS, f"{where}.content")):
-            parts += _parts(inner, f"{where}.content.{number}")
+            parts += _parts(inner, f"{where}.content[{number}]")
         content = _simplest(parts)
     elif given(block.content):
         content = string(block.content, f"{where}.content")
@@ -303,7 +303,7 @@ def _document(block: _Block, where: str) -> list[dict[str, Any]]:
             return [*parts, {"type": "text", "text": source.content}]
         inner = decode(source.content, _BLOCKS, f"{where}.source.content")
         for number, part in enumerate(inner):
-            parts += _parts(part, f"{where}.source.content.{number}")
+            parts += _parts(part, f"{where}.source.content[{number}]")
         return parts
     raise refuse(f"{where}.source.type {source.type!r}", "send the document's text")
 
@@ -319,7 +319,7 @@ def _assistant(blocks: list[_Block], where: str) -> Message:
     calls: list[dict[str, Any]] = []
     thoughts: list[str] = []
     for number, block in enumerate(blocks):
-        at = f"{where}.{number}"
+        at = f"{where}[{number}]"
         match block.type:
             case "text":
                 texts.append({"type": "text", "text": string(block.text, f"{at}.text")})
@@ -354,7 +354,7 @@ def _simplest(parts: list[dict[str, Any]]) -> Any:
 
 def _tools(asked: _Request, fields: Message) -> None:
     if asked.tools:
-        fields["tools"] = [_tool(tool, f"tools.{n}") for n, tool in enumerate(asked.tools)]
+        fields["tools"] = [_tool(tool, f"tools[{n}]") for n, tool in enumerate(asked.tools)]
     choice = asked.tool_choice
     if choice is None:
         return

@@ -10,11 +10,11 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from conserve_serving.gateway.apis.client import TranslatedClient
-from conserve_serving.gateway.apis.items import chat_messages
+from conserve_serving.gateway.apis.items import ITEMS, Item, chat_messages
 from conserve_serving.gateway.apis.request import Message, translated
 from conserve_serving.gateway.apis.responses_answer import ResponsesAnswer
 from conserve_serving.gateway.apis.responses_request import ResponsesRequest, parse_responses
-from conserve_serving.gateway.apis.store import Entry, History, ResponseStore
+from conserve_serving.gateway.apis.store import Entry, History
 from conserve_serving.gateway.errors import (
     ApiError,
     InvalidRequestError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Opening(msgspec.Struct):
-    items: list[Raw] | None = None
+    items: list[Item] | None = None
     metadata: Raw | UnsetType = UNSET
 
 
@@ -43,13 +43,7 @@ class ResponsesApi:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        settings = gateway.config.responses
-        self.store = ResponseStore(
-            clock=gateway.wall,
-            ttl_s=settings.ttl_s,
-            max_entries=settings.max_stored,
-            max_bytes=settings.max_stored_bytes,
-        )
+        self._store = gateway.responses
 
     # --- turns --------------------------------------------------------------------------------
     def begin(self, request: Request, exchange: Exchange) -> Turn:
@@ -82,7 +76,7 @@ class ResponsesApi:
 
         def remember(answer: ResponsesAnswer, body: bytes) -> None:
             if turn is not None:
-                said = chat_messages([Raw(msgspec.json.encode(item)) for item in answer.items()])
+                said = chat_messages(ITEMS.decode(msgspec.json.encode(answer.items())))
                 history = [*new, *(_encoded(message) for message in said)]
                 entry = Entry(body=body, conversation=turn.conversation.id, history=None)
                 self._remember(asked, tenant, answer.id, entry, history)
@@ -109,7 +103,7 @@ class ResponsesApi:
     def _continued(self, asked: ResponsesRequest, tenant: str) -> Entry | None:
         """What the request builds on, where it names something."""
         if asked.previous is not None:
-            entry = self.store.get("response", tenant, asked.previous)
+            entry = self._store.get("response", tenant, asked.previous)
             if entry is None:
                 raise InvalidRequestError(
                     f"previous response {quoted(asked.previous)} is not stored here (any more): "
@@ -128,19 +122,19 @@ class ResponsesApi:
         """Store what a later request may name. Before the client hears of the end."""
         previous = None
         if asked.previous is not None:
-            previous = self.store.get("response", tenant, asked.previous)
+            previous = self._store.get("response", tenant, asked.previous)
             if previous is None:  # forgotten meanwhile: its history would be missing
                 return
             previous.continued = True
         elif asked.conversation is not None:
             # Parallel turns of one conversation: in the order in which they end.
-            previous = self.store.get("conversation", tenant, asked.conversation)
+            previous = self._store.get("conversation", tenant, asked.conversation)
         entry.history = History(messages, None if previous is None else previous.history)
         if asked.conversation is not None and previous is not None:
             grown = replace(previous, history=entry.history)
-            self.store.put("conversation", tenant, asked.conversation, grown)
+            self._store.put("conversation", tenant, asked.conversation, grown)
         if asked.store:
-            self.store.put("response", tenant, id, entry)
+            self._store.put("response", tenant, id, entry)
 
     # --- everything else ----------------------------------------------------------------------
     def answer(self, request: Request, parts: list[str]) -> dict[str, Any] | Raw:
@@ -165,7 +159,7 @@ class ResponsesApi:
                 return Raw(self._find("response", tenant, id).body)
             case ["DELETE", "responses", id]:
                 self._find("response", tenant, id)
-                self.store.delete("response", tenant, id)
+                self._store.delete("response", tenant, id)
                 return {"id": id, "object": "response", "deleted": True}
             case ["POST", "responses", id, "cancel"]:
                 self._find("response", tenant, id)
@@ -196,7 +190,7 @@ class ResponsesApi:
         }
         history = History(messages, None) if messages else None
         entry = Entry(body=msgspec.json.encode(value), history=history, conversation=id)
-        self.store.put("conversation", tenant, id, entry)
+        self._store.put("conversation", tenant, id, entry)
         return Raw(entry.body)
 
     def _update(self, tenant: str, id: str, body: Body) -> Raw:
@@ -205,20 +199,20 @@ class ResponsesApi:
         value = msgspec.json.decode(entry.body)
         value["metadata"] = {} if asked.metadata is UNSET else asked.metadata
         entry = replace(entry, body=msgspec.json.encode(value))
-        self.store.put("conversation", tenant, id, entry)
+        self._store.put("conversation", tenant, id, entry)
         return Raw(self._find("conversation", tenant, id).body)
 
     def _end(self, tenant: str, id: str) -> dict[str, Any]:
         """A deleted conversation is over: its KV is free."""
         self._find("conversation", tenant, id)
-        self.store.delete("conversation", tenant, id)
+        self._store.delete("conversation", tenant, id)
         known = self._gateway.conversations.find(tenant, id)
         if known is not None:
             self._gateway.end_conversation(known)
         return {"id": id, "object": "conversation.deleted", "deleted": True}
 
     def _find(self, kind: Any, tenant: str, id: str) -> Entry:
-        entry = self.store.get(kind, tenant, id)
+        entry = self._store.get(kind, tenant, id)
         if entry is None:
             raise NotFoundError(
                 f"{kind} {quoted(id)} is not stored here (any more)",

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from conserve_serving.gateway.apis.items import CUSTOM_INPUT, chat_messages
+from conserve_serving.gateway.apis.items import CUSTOM_INPUT, ITEMS, chat_messages
 from conserve_serving.gateway.apis.request import (
     Message,
     decode,
@@ -94,7 +94,6 @@ class _Id(msgspec.Struct):
 
 
 _REQUEST: Final = msgspec.json.Decoder(_Request)
-_ITEMS: Final = msgspec.json.Decoder(list[Raw])
 _CHOICE: Final = msgspec.json.Decoder(_Choice)
 _CONVERSATION: Final = msgspec.json.Decoder(str | _Id)
 _TEXT: Final = msgspec.json.Decoder(str)
@@ -204,7 +203,7 @@ def _input(value: Raw | UnsetType) -> list[Message]:
         return [{"role": "user", "content": value}]
     if not isinstance(value, Raw) or not is_list(value):
         raise InvalidRequestError("input must be text or a list of items", param="input")
-    return chat_messages(decode(value, _ITEMS, "input"))
+    return chat_messages(decode(value, ITEMS, "input"))
 
 
 def _instructions(value: Raw | UnsetType) -> list[Message]:
@@ -212,7 +211,7 @@ def _instructions(value: Raw | UnsetType) -> list[Message]:
         return []
     if is_string(value):
         return [{"role": "system", "content": value}]
-    return chat_messages(decode(value, _ITEMS, "instructions"), "instructions")
+    return chat_messages(decode(value, ITEMS, "instructions"), "instructions")
 
 
 def _conversation(value: Raw | UnsetType) -> str | None:
