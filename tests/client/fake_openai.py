@@ -134,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
             status = self.fake.tokenize_status
             self._send(status, {"tokens": [], "count": 4242, "max_model_len": 9})
             return
+        if seen.path.endswith("/idle"):
+            self._send(200, {})
+            return
         reply = self.fake.script.popleft() if self.fake.script else Reply()
         if reply.after is not None:
             reply.after()
