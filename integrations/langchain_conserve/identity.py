@@ -16,6 +16,7 @@ thread's place.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -35,7 +36,7 @@ from langchain_conserve.lineage import Branch, Chain, Lineage, Place
 #: Threads remembered; the one used least recently is forgotten (its turns start at its history).
 MAX_THREADS: Final = 4096
 #: Conversations remembered per thread.
-MAX_CONVERSATIONS: Final = 64
+MAX_CONVERSATIONS: Final = 256
 _TASK: Final = re.compile(r":[^|]*")
 
 #: The thread of a run that has none; set by ``ConversationMiddleware``.
@@ -221,6 +222,10 @@ class Conversations:
                 known.popitem(last=False)
             return self._call(known[id_], branch)
 
+    def after_fork(self) -> None:
+        """In a forked process: a lock that another thread held would never be free again."""
+        self._lock = threading.Lock()
+
     def latest(self, site: CallSite, *, gateway: str) -> Conversation | None:
         """The conversation that the agent running here used last, where it has a thread."""
         if site.explicit is not None or site.thread_id is None:
@@ -257,6 +262,8 @@ class Conversations:
 
 #: Those of this process.
 known: Final = Conversations()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=known.after_fork)
 
 
 def _thread_key(gateway: str, thread_id: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 #: Share of a branch's text that a call must repeat for the branch's KV to be worth going on with.
 REUSE_SHARE: Final = 0.5
 #: Branches remembered per lineage; the one used least recently is forgotten.
-MAX_BRANCHES: Final = 64
+MAX_BRANCHES: Final = 256
 _INSTRUCTIONS: Final = frozenset({"system", "developer"})
 
 
@@ -122,7 +122,9 @@ class Branch:
     def goes_on(self, place: Place, chain: Chain) -> bool:
         """Whether a call made there extends or repeats this branch's latest."""
         length = len(self.chain.keys)
-        if not length or self.chain.keys != chain.keys[:length] or self.place.beside(place):
+        if not 0 < length <= len(chain.keys) or self.chain.keys[-1] != chain.keys[length - 1]:
+            return False  # the usual case, seen without comparing the rest
+        if self.chain.keys != chain.keys[:length] or self.place.beside(place):
             return False
         again = length == len(chain.keys)
         if again and self.busy(place):

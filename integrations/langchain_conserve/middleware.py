@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import threading
-import uuid
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, NotRequired
 
-from langchain.agents.middleware.types import (
-    AgentMiddleware,
-    AgentState,
-    ModelRequest,
-    ModelResponse,
-    PrivateStateAttr,
-    ToolCallRequest,
-)
-from langchain_core.messages import BaseMessage, convert_to_messages
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.utils import convert_to_openai_messages
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai.chat_models.base import BaseChatOpenAI
-from langgraph.runtime import Runtime
 
 from conserve_agents import ConServeError, Conversation, Gateway, TokenCounter, wire
 from conserve_agents.conversation import end_all
@@ -33,10 +20,23 @@ from conserve_agents.logs import warn_once
 from langchain_conserve import identity
 from langchain_conserve.chat_model import ChatConServe
 from langchain_conserve.identity import Call, call_site, run_thread
-from langchain_conserve.lineage import Chain
+from langchain_conserve.runs import Runs
 
-#: Runs without a thread whose histories are remembered, to go on when one comes back.
-MAX_RUNS: Final = 4096
+try:
+    from langchain.agents.middleware.types import (
+        AgentMiddleware,
+        AgentState,
+        ModelRequest,
+        ModelResponse,
+        PrivateStateAttr,
+        ToolCallRequest,
+    )
+    from langgraph.runtime import Runtime
+except ImportError as error:
+    raise ImportError(
+        "ConversationMiddleware needs LangGraph: pip install 'conserve-agents[langgraph]'"
+    ) from error
+
 #: The node that ``create_agent`` runs tools in: an agent below it lives as long as the tool call.
 _TOOLS: Final = "tools"
 _OPENAI: Final = "https://api.openai.com"
@@ -87,7 +87,7 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
         self._gateway: Final = Gateway(gateway) if isinstance(gateway, str) else gateway
         self._counter: Final = token_counter
         self._end_after_run: Final = end_after_run
-        self._runs: Final = _Runs()
+        self._runs: Final = Runs()
         #: The gateways that calls went to, by address.
         self._met: Final[dict[str, Gateway]] = {}
 
@@ -190,34 +190,34 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
             return None
 
     def _tagged(self, request: ModelRequest[Any], address: str) -> _Turn | None:
-        model = request.model
+        model: Any = request.model
         given = dict(request.model_settings.get("extra_headers") or {})
-        defaults = getattr(model, "default_headers", None) or {}
+        defaults = model.default_headers or {}
         taken = wire.CONVERSATION_ID.lower()
         if any(name.lower() == taken for name in (*given, *defaults)):
             return None
-        messages = [*filter(None, [request.system_message]), *request.messages]
+        messages: list[BaseMessage] = list(request.messages)
+        if request.system_message is not None:
+            messages.insert(0, request.system_message)
         call = identity.known.begin(call_site(), messages, gateway=address)
         if call is None:
             return None
         try:
             talk = call.conversation
             talk.use_gateway(lambda: self._met[address])
-            prompt = convert_to_openai_messages(messages)
-            tools = [convert_to_openai_tool(tool) for tool in request.tools]
-            tags = talk.headers_for(prompt, tools or None, counter=self._counter)
+            tools = _schemas(request.tools) if talk.turns <= 1 else None
+            tags = talk.headers_for(_prompt(talk, messages), tools, counter=self._counter)
+            settings = {**request.model_settings, "extra_headers": {**given, **tags}}
+            changed: dict[str, Any] = {"model_settings": settings}
+            # The next turn echoes what the answer's headers say of the placement. (With a
+            # response format langchain-openai has none to show, and warns.)
+            hidden = not model.include_response_headers and request.response_format is None
+            if hidden:
+                changed["model"] = model.model_copy(update={"include_response_headers": True})
+            return _Turn(call, request.override(**changed), messages, hide_headers=hidden)
         except BaseException:
             call.end()
             raise
-        settings = {**request.model_settings, "extra_headers": {**given, **tags}}
-        tagged = request.override(model_settings=settings)
-        # The next turn echoes what the answer's headers say of the placement. (With a response
-        # format langchain-openai has none to show, and warns.)
-        shows = isinstance(model, BaseChatOpenAI) and not model.include_response_headers
-        if shows and request.response_format is None:
-            shown = model.model_copy(update={"include_response_headers": True})
-            return _Turn(call, tagged.override(model=shown), prompt, hide_headers=True)
-        return _Turn(call, tagged, prompt, hide_headers=False)
 
     # --- tool calls --------------------------------------------------------------------------
 
@@ -259,7 +259,7 @@ class _Turn:
 
     call: Call
     request: ModelRequest[Any]
-    prompt: list[dict[str, Any]]
+    messages: list[BaseMessage]
     hide_headers: bool
 
     @property
@@ -274,7 +274,8 @@ class _Turn:
             yield
         except BaseException:  # cancelled and interrupted calls were not answered either
             if self._turn_id is not None:
-                self.call.conversation.failed(self._turn_id, self.prompt)
+                talk = self.call.conversation
+                talk.failed(self._turn_id, _prompt(talk, self.messages))
             raise
         finally:
             self.call.end()
@@ -293,47 +294,24 @@ class _Turn:
         return response
 
 
-class _Runs:
-    """Threads of runs that were given none, by the histories that they ended with. Thread-safe.
-
-    Only a history with an answer in it tells: equal questions of two users are two conversations.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._threads: OrderedDict[bytes, str] = OrderedDict()
-
-    def thread_of(self, messages: Sequence[Any]) -> str:
-        """The thread of the run that ended with the longest beginning of ``messages``, or a new
-        one."""
-        for key in reversed(_histories(messages)):
-            with self._lock:
-                found = self._threads.get(key)
-            if found is not None:
-                return found
-        return f"run-{uuid.uuid4().hex}"
-
-    def remember(self, thread_id: str, messages: Sequence[Any]) -> None:
-        """A run of this thread ended with these messages."""
-        histories = _histories(messages)
-        if not histories:
-            return
-        with self._lock:
-            self._threads[histories[-1]] = thread_id
-            self._threads.move_to_end(histories[-1])
-            if len(self._threads) > MAX_RUNS:
-                self._threads.popitem(last=False)
+def _prompt(talk: Conversation, messages: list[BaseMessage]) -> list[dict[str, Any]]:
+    """The messages as the conversation wants them: in full for its first turn, which is counted;
+    later what tells turns apart, for a long history is not cheap to convert."""
+    if talk.turns <= 1:
+        whole: list[dict[str, Any]] = convert_to_openai_messages(messages)
+        return whole
+    return [
+        {
+            "role": "assistant" if isinstance(message, AIMessage) else message.type,
+            "content": message.content,
+            "calls": message.tool_calls if isinstance(message, AIMessage) else None,
+        }
+        for message in messages
+    ]
 
 
-def _histories(messages: Sequence[Any]) -> list[bytes]:
-    """A digest of each beginning of the messages that ends with an answer."""
-    known: list[BaseMessage] = convert_to_messages(messages)
-    whole, found = hashlib.blake2b(digest_size=16), []
-    for message, key in zip(known, Chain(known).keys, strict=True):
-        whole.update(key.to_bytes(8, "little", signed=True))
-        if message.type == "ai":
-            found.append(whole.digest())
-    return found
+def _schemas(tools: Sequence[Any]) -> list[dict[str, Any]] | None:
+    return [t if isinstance(t, dict) else convert_to_openai_tool(t) for t in tools] or None
 
 
 def _thread(state: Any) -> str | None:

@@ -202,13 +202,15 @@ async def test_async_sub_agents_belong_to_the_run(
 def test_a_retry_by_another_middleware_is_no_new_turn(
     server: Any, stock: ChatOpenAI, reply: Any, outermost: bool
 ) -> None:
-    server.script.extend([reply(status=503), reply()])
+    server.script.extend([reply(status=503), reply(), reply(), reply(status=429), reply()])
     both: list[Any] = [ConversationMiddleware(), ModelRetryMiddleware(initial_delay=0.0)]
-    agent = create_agent(stock, middleware=both if outermost else both[::-1])
-    agent.invoke(ask("question"), CONFIG)
-    agent.invoke(ask("other question"), CONFIG)
-    assert tags(server, wire.TURN_INDEX) == ["1", "1", "2"]
-    assert len(set(tags(server, wire.TURN_ID))) == 2
+    order = both if outermost else both[::-1]
+    agent = create_agent(stock, [look], middleware=order, checkpointer=InMemorySaver())
+    for text in ("question", "other question", "last question"):
+        agent.invoke(ask(text), CONFIG)
+    assert tags(server, wire.TURN_INDEX) == ["1", "1", "2", "3", "3"]
+    assert len(set(tags(server, wire.TURN_ID))) == 3
+    assert len(set(tags(server, wire.FIRST_TURN_TOKENS))) == 1
 
 
 def test_a_fallback_goes_on_in_the_same_turn(server: Any, stock: ChatOpenAI, reply: Any) -> None:

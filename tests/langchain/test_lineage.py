@@ -284,3 +284,10 @@ def test_an_explicit_conversation_takes_the_threads_place() -> None:
     talk.end()
     assert aside.ended and child.ended
     assert resolve(known, site("tools:9|model:1", explicit=talk), "late") is talk
+
+
+def test_a_forked_process_gets_a_lock_of_its_own() -> None:
+    known = Conversations()
+    known._lock.acquire()  # as another thread did, when the process was forked
+    known.after_fork()
+    assert resolve(known, site("model:1"), "q").id == "T"
