@@ -1,4 +1,5 @@
-"""The LangGraph example agents, as they are started, through a real gateway."""
+"""The research team, as it is started, through a real gateway (the repository explorer's tests are
+in tests/langchain)."""
 
 from __future__ import annotations
 
@@ -7,12 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from conserve_agents import Gateway
 
 EXAMPLES = Path(__file__).parents[2] / "example_agents"
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def started(name: str, *arguments: str) -> tuple[int, str, str]:
@@ -46,22 +44,6 @@ def test_a_research_team(cluster: str, gateway: Gateway) -> None:
     assert "J on all engines" in report
 
 
-def test_a_repository_explorer(cluster: str, gateway: Gateway) -> None:
-    status, printed, complaints = started(
-        *("repo_explorer", 'Where is the policy? Look in "0001-conversation-is-the-unit.md".'),
-        *("--folder", str(DOCS / "decisions"), "--gateway", cluster),
-    )
-    assert status == 0, complaints
-    said, _, report = printed.partition("\nconversation ")
-    assert "0001-conversation-is-the-unit" in said
-    thread_id = report.partition(":")[0]
-    seen = gateway.conversation(thread_id)
-    assert (seen["state"], seen["parent"]) == ("ended", None)
-    assert seen["turns"] >= 2 and seen["transfers"] <= 1
-    assert "J on all engines" in report
-
-
-@pytest.mark.parametrize("name", ["research_team", "repo_explorer"])
-def test_without_a_gateway_it_says_how_to_start_one(name: str) -> None:
-    status, _, complaints = started(name, "q", "--gateway", "http://127.0.0.1:9/v1")
+def test_without_a_gateway_it_says_how_to_start_one() -> None:
+    status, _, complaints = started("research_team", "q", "--gateway", "http://127.0.0.1:9/v1")
     assert status == 1 and "conserve up" in complaints
