@@ -59,6 +59,7 @@ class _Tool(msgspec.Struct):
     type: str | None = None
     description: str | None = None
     input_schema: Raw | UnsetType = UNSET
+    strict: bool | None = None
 
 
 class _ToolChoice(msgspec.Struct):
@@ -173,9 +174,9 @@ def parse_messages(body: bytes | bytearray, *, counting: bool = False) -> Messag
         schema = {"name": "output", "schema": shape.schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     thinks(fields, output.effort)
+    # Who does not ask for thinking does not expect his tokens to be spent on it.
     thinking = asked.thinking is not None and asked.thinking.type != "disabled"
-    if asked.thinking is not None:
-        fields["chat_template_kwargs"] = {"enable_thinking": thinking}
+    fields["chat_template_kwargs"] = {"enable_thinking": thinking}
     if not counting:
         fields["max_completion_tokens"] = asked.max_tokens
         if asked.stop_sequences:
@@ -381,4 +382,4 @@ def _tool(tool: _Tool, where: str) -> dict[str, Any]:
         )
     if not tool.name:
         raise InvalidRequestError(f"{where}.name is missing", param=f"{where}.name")
-    return function(tool.name, tool.description, tool.input_schema)
+    return function(tool.name, tool.description, tool.input_schema, strict=tool.strict)

@@ -89,13 +89,17 @@ def string(raw: Raw | UnsetType, where: str) -> Raw:
     raise InvalidRequestError(f"{where} is {what}: send a string", param=where)
 
 
-def function(name: str, description: str | None, parameters: Raw | UnsetType) -> dict[str, Any]:
+def function(
+    name: str, description: str | None, parameters: Raw | UnsetType, *, strict: bool | None
+) -> dict[str, Any]:
     """A tool, as chat completions offer it."""
     offered: dict[str, Any] = {"name": name}
     if description is not None:
         offered["description"] = description
     if given(parameters):
         offered["parameters"] = parameters
+    if strict is not None:
+        offered["strict"] = strict
     return {"type": "function", "function": offered}
 
 

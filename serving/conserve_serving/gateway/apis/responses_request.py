@@ -36,6 +36,7 @@ class _Tool(msgspec.Struct):
     name: str | None = None
     description: str | None = None
     parameters: Raw | UnsetType = UNSET
+    strict: bool | None = None
 
 
 #: What a custom tool is offered with.
@@ -239,14 +240,14 @@ def _tools(asked: _Request, fields: Message) -> list[dict[str, Any]]:
             offered.append({"type": "function", "function": {**made, "parameters": _ONE_TEXT}})
             echoed.append({"type": "custom", **made})
             continue
-        offered.append(function(tool.name, tool.description, tool.parameters))
+        offered.append(function(tool.name, tool.description, tool.parameters, strict=tool.strict))
         echoed.append(
             {
                 "type": "function",
                 "name": tool.name,
                 "description": tool.description,
                 "parameters": tool.parameters if given(tool.parameters) else None,
-                "strict": False,
+                "strict": bool(tool.strict),
             }
         )
     if offered:
