@@ -2,7 +2,8 @@
 
 Retries are LiteLLM's: it calls the provider again, and the client layer knows a call that failed
 by its messages, so that it stays one turn. The clients make none themselves, except for async
-streams outside of a Router, which LiteLLM opens after it has given up the chance to retry.
+streams, which LiteLLM opens when it has given up the chance to retry: always outside of a Router,
+and before 1.108 within one, too.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Final
 
+import openai
 from litellm import CustomLLM, ModelResponse, ModelResponseStream
 from openai.types.chat import ChatCompletion
 
@@ -24,6 +27,10 @@ from litellm_conserve.identity import identify
 from litellm_conserve.request import Request, read
 from litellm_conserve.sessions import TAGGING_ERRORS, Sessions
 from litellm_conserve.stream import Chunks, Order
+
+_LITELLM: Final = tuple(int(part) for part in version("litellm").split(".")[:2])
+#: Retries of an async stream that nobody asked for: as many as the SDK makes by itself.
+_STREAM_RETRIES: Final = 0 if _LITELLM >= (1, 108) else openai.DEFAULT_MAX_RETRIES
 
 
 class ConServeLLM(CustomLLM):
@@ -80,7 +87,8 @@ class ConServeLLM(CustomLLM):
     async def _astream(
         self, request: Request, talk: Conversation | None
     ) -> AsyncIterator[ModelResponseStream]:
-        client = self._clients.async_for(request, retries=request.retries)
+        retries = request.retries or _STREAM_RETRIES
+        client = self._clients.async_for(request, retries=retries)
         with _guard(request), _within(talk):
             stream = await client.chat.completions.create(**request.streamed())
         order, chunks = Order(), aiter(stream)

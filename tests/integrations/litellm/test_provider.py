@@ -407,7 +407,7 @@ async def test_a_routers_retries_and_fallbacks_are_one_turn(
 async def test_of_a_routers_async_stream_too(
     router: Any, routed: dict[str, Any], refuse: Any, tags: Tags, aprovider: Any
 ) -> None:
-    refuse(1)  # LiteLLM before 1.108 falls back at once, later ones retry first
+    refuse(1)
     answer = await router.acompletion(**routed, stream=True)
     assert [chunk async for chunk in answer]
     await router.acompletion(**routed)
