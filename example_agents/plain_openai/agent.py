@@ -60,10 +60,12 @@ SCHEMAS: Any = [
         "function": {
             "name": name,
             "description": tool.__doc__,
+            "strict": True,  # the SDK's streaming helper wants it of every tool
             "parameters": {
                 "type": "object",
                 "properties": parameters,
                 "required": list(parameters),
+                "additionalProperties": False,
             },
         },
     }

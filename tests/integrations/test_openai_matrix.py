@@ -19,6 +19,7 @@ def schemas(tools: Any) -> list[Any]:
         "type": "object",
         "properties": {"city": {"type": "string"}},
         "required": ["city"],
+        "additionalProperties": False,
     }
     return [
         {
@@ -27,6 +28,7 @@ def schemas(tools: Any) -> list[Any]:
                 "name": tool.__name__,
                 "description": tool.__doc__,
                 "parameters": parameters,
+                "strict": True,  # openai 2's streaming helper wants it
             },
         }
         for tool in tools
