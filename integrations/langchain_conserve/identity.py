@@ -215,8 +215,6 @@ class Conversations:
             known = thread.conversations
             if id_ not in known or known[id_].ended:  # ended, and yet it goes on
                 known[id_] = Conversation(id_, parent_id=parent_id, turns=turns)
-                if id_ == root_id:
-                    known[id_].handover()  # other processes may serve the thread: histories count
             known.move_to_end(id_)
             if len(known) > MAX_CONVERSATIONS:
                 known.popitem(last=False)

@@ -106,6 +106,12 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
             return None
         return {"conserve_thread": self._runs.thread_of(state["messages"])}
 
+    async def abefore_agent(
+        self, state: ConversationState, runtime: Runtime[Any]
+    ) -> dict[str, Any] | None:
+        """:meth:`before_agent`, on the event loop: it does no I/O."""
+        return self.before_agent(state, runtime)
+
     def after_agent(
         self,
         state: ConversationState,

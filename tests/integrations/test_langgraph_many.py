@@ -1,4 +1,4 @@
-"""Two hundred LangGraph conversations at once, from threads and from tasks, never mix."""
+"""Many LangGraph conversations at once, from threads and tasks; one, from several processes."""
 
 from __future__ import annotations
 
@@ -63,3 +63,24 @@ async def test_threads_and_tasks(
     assert turns == {f"{kind}-{n}": TURNS for kind in ("task", "thread") for n in range(EACH)}
     for id_ in turns:
         gateway.end_conversation(id_)
+
+
+def test_two_processes_serve_one_thread(
+    proxy: Any, gateway: Gateway, model_name: str, monkeypatch: pytest.MonkeyPatch, english: str
+) -> None:
+    """Web workers behind one persistent checkpointer: whichever is free takes the next turn."""
+    ours = ChatConServe(model=model_name, base_url=proxy.base_url)
+    agent = create_agent(ours, checkpointer=InMemorySaver())
+    memories = [Conversations(), Conversations()]  # what each of them remembers
+    for turn, worker in enumerate([0, 1, 1, 0]):
+        monkeypatch.setattr(identity, "known", memories[worker])
+        text = english if turn == 0 else f"question {turn}"
+        agent.invoke({"messages": [HumanMessage(text)]}, config("workers", 0))
+    # The first worker has not heard of the second's turns; the gateway has.
+    assert [call.turn_index for call in proxy.calls] == [1, 2, 3, 2]
+    seen = gateway.conversation("workers-0")
+    assert [turn["index"] for turn in seen["recent_turns"]] == [1, 2, 3, 4]
+    assert (seen["turns"], seen["transfers"]) == (4, 1)
+    agent.invoke({"messages": [HumanMessage("and?")]}, config("workers", 0))
+    assert proxy.calls[-1].turn_index == 5
+    ours.end_thread("workers-0")
