@@ -127,6 +127,7 @@ async def test_a_messages_request_as_a_chat_completion(make_cluster: Any) -> Non
     assert sent["parallel_tool_calls"] is False
     assert sent["stop"] == ["END"]
     assert (sent["temperature"], sent["top_k"], sent["max_completion_tokens"]) == (0.1, 3, 9)
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 async def test_a_responses_request_as_a_chat_completion(make_cluster: Any) -> None:
@@ -500,3 +501,20 @@ async def test_huge_ids_are_quoted_in_part(make_cluster: Any, field: str) -> Non
     assert len(answer.body) < 1000
     odd = await cluster.ask("GET", RESPONSES + "/%00%ff%2F..%2F")
     assert odd.status == 404
+
+
+@PATHS
+async def test_huge_values_are_quoted_in_part(make_cluster: Any, path: str) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1)
+    huge = "x" * 100_000
+    content = [{"type": huge, "text": "x"}]
+    for change in (
+        {"messages": [{"role": "user", "content": content}], "input": [{"type": huge}]},
+        {"tools": [{"type": huge, "name": "x"}]},
+        {"tool_choice": {"type": huge}},
+        {"output_config": {"effort": huge}, "reasoning": {"effort": huge}},
+        {"model": huge},
+    ):
+        answer = await cluster.ask("POST", path, {**ask(path), **change})
+        assert answer.status in (400, 404)
+        assert len(answer.body) < 1000, answer.body[:300]

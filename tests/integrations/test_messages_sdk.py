@@ -62,7 +62,6 @@ def test_events_of_a_stream_in_order(client: Any, model_name: str) -> None:
     assert kinds[:2] == ["message_start", "content_block_start"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert set(kinds[2:-3]) == {"content_block_delta"}
-    assert len(kinds) > 10  # piece by piece
     start = events[0].message
     assert (start.content, start.stop_reason) == ([], None)
     assert start.usage.input_tokens + start.usage.cache_read_input_tokens > 10

@@ -88,8 +88,9 @@ def chat_messages(items: Sequence[Item], where: str = "input") -> list[Message]:
             if kind is None:
                 raise InvalidRequestError(f"{at}.type is missing", param=f"{at}.type")
             raise refuse(
-                f"{at}.type {kind!r}",
+                f"{at}.type",
                 "send messages, reasoning, calls of functions and custom tools, and their outputs",
+                kind,
             )
         # Text or reasoning after a call begins another message of the model.
         if said is None or ("tool_calls" in said and kind not in _CALLS):
@@ -167,4 +168,4 @@ def _part(part: _Part, where: str) -> dict[str, Any]:
         return {"type": "image_url", "image_url": image}
     if part.type == "input_image":
         raise refuse(f"{where}.file_id", "send the picture in image_url, as a data: URL")
-    raise refuse(f"{where}.type {part.type!r}", "send input_text or input_image parts")
+    raise refuse(f"{where}.type", "send input_text or input_image parts", part.type)

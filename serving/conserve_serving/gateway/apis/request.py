@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from conserve_serving.gateway.errors import InvalidRequestError
+from conserve_serving.gateway.errors import InvalidRequestError, quoted
 from conserve_serving.gateway.request import Api, Original, TurnRequest, parse_turn, wrong_type
 
 _T = TypeVar("_T")
@@ -50,10 +50,11 @@ def decode(raw: Raw, decoder: _Decodes[_T], where: str) -> _T:
         ) from error
 
 
-def refuse(field: str, remedy: str) -> InvalidRequestError:
-    """The error for a field that would change the answer and cannot be honoured here."""
+def refuse(field: str, remedy: str, value: str | None = None) -> InvalidRequestError:
+    """The error for a field, or a value of it, that cannot be honoured here and would matter."""
+    what = field if value is None else f"{field} {quoted(value)}"
     return InvalidRequestError(
-        f"{field} is not supported here: {remedy}", param=field, code="unsupported_parameter"
+        f"{what} is not supported here: {remedy}", param=field, code="unsupported_parameter"
     )
 
 
@@ -116,7 +117,7 @@ def thinks(fields: Message, effort: str | None) -> None:
         fields["reasoning_effort"] = _EFFORTS[effort]
     elif effort is not None:
         raise InvalidRequestError(
-            f"effort {effort!r} is unknown: use none, {', '.join(_EFFORTS)}", param="effort"
+            f"effort {quoted(effort)} is unknown: use none, {', '.join(_EFFORTS)}", param="effort"
         )
 
 

@@ -25,7 +25,7 @@ from conserve_serving.gateway.apis.request import (
     refuse,
     thinks,
 )
-from conserve_serving.gateway.errors import InvalidRequestError
+from conserve_serving.gateway.errors import InvalidRequestError, quoted
 from conserve_serving.gateway.request import IdentityFields, decode_body
 
 _SEARCHES: Final = ("web_search", "web_search_preview", "web_search_2025_08_26")
@@ -232,7 +232,7 @@ def _tools(asked: _Request, fields: Message) -> list[dict[str, Any]]:
             continue
         if tool.type not in ("function", "custom"):
             remedy = "declare it as a function, which the client runs"
-            raise refuse(f"{where}.type {tool.type!r}", remedy)
+            raise refuse(f"{where}.type", remedy, tool.type)
         if not tool.name:
             raise InvalidRequestError(f"{where}.name is missing", param=f"{where}.name")
         if tool.type == "custom":
@@ -259,14 +259,14 @@ def _tools(asked: _Request, fields: Message) -> list[dict[str, Any]]:
         mode = decode(choice, _TEXT, "tool_choice")
         if mode not in ("auto", "none", "required"):
             raise InvalidRequestError(
-                f"tool_choice {mode!r} is unknown: send auto, none, required or a function",
+                f"tool_choice {quoted(mode)} is unknown: send auto, none, required or a function",
                 param="tool_choice",
             )
         fields["tool_choice"] = mode
         return echoed
     named = decode(choice, _CHOICE, "tool_choice")
     if named.type not in ("function", "custom") or not named.name:
-        raise refuse(f"tool_choice.type {named.type!r}", "name a function")
+        raise refuse("tool_choice.type", "name a function", named.type)
     fields["tool_choice"] = {"type": "function", "function": {"name": named.name}}
     return echoed
 
