@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conserve_agents import conversation
+from conserve_agents import Conversation, conversation
 
 #: Read when CrewAI is imported: without them it calls home and writes beside the user's data.
 _QUIET = {
@@ -28,7 +28,7 @@ def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def make_crew(case: Any, *, streamed: bool = False) -> Any:
+def make_crew(case: Any, *, streamed: bool = False, own: Conversation | None = None) -> Any:
     from crewai.tools import tool  # noqa: PLC0415 - optional
 
     from conserve_agents.crewai import ConServeInterceptor  # noqa: PLC0415 - needs crewai
@@ -39,7 +39,7 @@ def make_crew(case: Any, *, streamed: bool = False) -> Any:
         base_url=case.proxy.base_url,
         api_key="conserve",
         stream=streamed,
-        interceptor=ConServeInterceptor(),
+        interceptor=ConServeInterceptor(own),
     )
     agent = crewai.Agent(
         role="helper",
@@ -68,3 +68,10 @@ async def test_async(case: Any) -> None:
         result = await make_crew(case).akickoff()
     assert "sunny" in str(result)
     case.served_as_one(turns=case.turns)
+
+
+def test_an_interceptor_may_have_a_conversation_of_its_own(case: Any) -> None:
+    own = Conversation()
+    assert "sunny" in str(make_crew(case, own=own).kickoff())
+    served = case.served_as_one(turns=case.turns)
+    assert served.id == own.id and own.end()
