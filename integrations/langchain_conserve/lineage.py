@@ -83,18 +83,15 @@ class Chain:
         self.answers: Final = bytearray()  # which of them the model has made
         self.instructions = 0  # leading messages that instruct: many conversations share those
         for message in messages:
-            kind, content = (
-                "ai" if isinstance(message, AIMessage) else message.type,
-                message.content,
-            )
-            if len(self.keys) == self.instructions and kind in _INSTRUCTIONS:
-                self.instructions += 1
-            text = content if isinstance(content, str) else repr(content)
-            rest = ""
+            kind, content, rest = message.type, message.content, ""
             if isinstance(message, AIMessage):
+                kind = "ai"  # whole or in chunks
                 rest = repr(message.tool_calls) if message.tool_calls else ""
             elif isinstance(message, ToolMessage):
                 rest = message.tool_call_id
+            elif kind in _INSTRUCTIONS and len(self.keys) == self.instructions:
+                self.instructions += 1
+            text = content if isinstance(content, str) else repr(content)
             self.answers.append(kind == "ai")
             self.keys.append(hash((kind, message.name, text, rest)))
             self.sizes.append(len(text) + len(rest))
