@@ -49,5 +49,6 @@ def test_a_managed_agent_is_a_conversation_of_its_own(case: Any) -> None:
     for child in children:
         seen = case.gateway.conversation(child)
         assert (seen["parent"], seen["state"]) == (talk.id, "ended")
-        assert seen["turns"] >= 2
+        calls = [call for call in case.proxy.calls if call.conversation == child]
+        assert [call.turn_index for call in calls] == list(range(1, seen["turns"] + 1))
     assert case.gateway.conversation(talk.id)["turns"] >= 2
