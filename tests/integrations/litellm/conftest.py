@@ -227,7 +227,7 @@ def ready_proxy(recorder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield url
 
 
-#: Without anything of ours in it.
+#: Stock providers, and one model each for the hook and for the provider alone.
 ZERO_CODE = """
 model_list:
   - model_name: as-it-is
@@ -239,9 +239,12 @@ model_list:
     litellm_params:
       <<: *gateway
       provider_affinity_header: X-Session-ID
+  - model_name: tagged-by-hook
+    litellm_params: *gateway
   - model_name: provider-without-hook
     litellm_params: {{model: conserve/{model}, api_base: {url}}}
 litellm_settings:
+  callbacks: ["some_models.hook"]
   custom_provider_map: [{{provider: conserve, custom_handler: litellm_conserve.provider}}]
 general_settings:
   master_key: os.environ/LITELLM_MASTER_KEY
@@ -249,16 +252,24 @@ general_settings:
 """
 
 
+HOOK = """
+from litellm_conserve import ConServeProxyHook
+
+hook = ConServeProxyHook(models={"tagged-by-hook"})
+"""
+
+
 @pytest.fixture(scope="session")
 def zero_code_proxy(
     recorder: Any, cluster: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """LiteLLM's proxy with stock providers that happen to point at the gateway."""
+    """LiteLLM's proxy with stock providers that point at the gateway."""
     pytest.importorskip("litellm")
     folder = tmp_path_factory.mktemp("zero-code")
     config = folder / "config.yaml"
     model = Gateway(cluster).models()[0]
     config.write_text(ZERO_CODE.format(model=model, url=recorder.base_url))
+    (folder / "some_models.py").write_text(HOOK)
     with litellm_proxy(config, recorder.base_url, folder) as url:
         yield url
 

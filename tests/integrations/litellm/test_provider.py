@@ -332,6 +332,18 @@ def test_a_proxied_clients_headers_are_passed_on(server: Any, ask: dict[str, Any
     )
 
 
+def test_a_stock_provider_with_a_header(cluster: str, gateway: Any, session: str) -> None:
+    """The recipe without any code of ours, in the SDK."""
+    litellm.completion(
+        f"openai/{gateway.models()[0]}",
+        messages=[{"role": "user", "content": "hi"}],
+        api_base=cluster,
+        api_key="conserve",
+        extra_headers={wire.CONVERSATION_ID: session},
+    )
+    assert gateway.conversation(session)["source"] == "conserve"
+
+
 # --- turns and retries ----------------------------------------------------------------------
 
 

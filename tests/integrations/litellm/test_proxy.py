@@ -227,6 +227,27 @@ def test_without_anything_the_messages_tell(
     _one_conversation(_settled(case.gateway, id_), source="lineage")
 
 
+def test_the_hook_without_the_provider(
+    stock: Any, proxied_case: Any, session: str, schemas: Any, results: Any
+) -> None:
+    """For the models it is told of; a stock provider carries the tag, and the Router repeats it."""
+    case = proxied_case
+    case.proxy.refuse(1, 4)
+    last: dict[str, str] = {}
+
+    def ask(**call: Any) -> Any:
+        call["extra_body"] = {"metadata": {"session_id": session}}
+        call["model"] = "tagged-by-hook"
+        raw = stock.chat.completions.with_raw_response.create(**call)
+        last.update({name.lower(): value for name, value in raw.headers.items()})
+        return raw.parse().choices[0].message
+
+    talk_through(case, ask, schemas, results)
+    served = case.served_as_one(turns=TURNS)
+    assert served.id == session == last[wire.CONVERSATION_ID.lower()]
+    assert case.proxy.calls[-1].tag(wire.PLACEMENT)  # the hook has read the answers
+
+
 def test_the_provider_without_the_hook(
     stock: Any, proxied_case: Any, session: str, schemas: Any, results: Any
 ) -> None:
