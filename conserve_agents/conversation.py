@@ -27,7 +27,7 @@ from typing import Any, Final, Self
 
 from conserve_agents import telemetry, wire
 from conserve_agents.context import current_conversation, set_current
-from conserve_agents.counting import TokenCounter, count_first_turn
+from conserve_agents.counting import FirstTurn, TokenCounter
 from conserve_agents.errors import ArgumentError, ConversationIdError, ConversationStateError
 from conserve_agents.gateway import Gateway, end_quietly
 from conserve_agents.handover import Handover, decode
@@ -108,8 +108,7 @@ class Conversation:
         # A given id may name a conversation that began elsewhere; a new one cannot.
         self._is_new: Final = turns == 0 or (turns is None and id is None)
         self._numbers = TurnNumbers(0 if self._is_new else turns)
-        self._first_turn: tuple[int, str] | None = None
-        self._first_turn_frozen = False
+        self._first_turn = FirstTurn()
         self._report: TurnReport | None = None
         self._placement: str | None = None
         self._final_next = False
@@ -118,12 +117,8 @@ class Conversation:
         self._entered_in: int | None = None  # the process that did
         self._outer: Conversation | None = None
         self._children: OrderedDict[str, Conversation] = OrderedDict()
-        self._make_locks()
-        _all.add(self)
-
-    def _make_locks(self) -> None:
         self._lock = threading.Lock()
-        self._counting = threading.Lock()
+        _all.add(self)
 
     def __reduce__(self) -> tuple[Callable[[str], Conversation], tuple[str]]:
         return resume, (self.handover(),)
@@ -140,7 +135,7 @@ class Conversation:
     @property
     def first_turn_tokens(self) -> int | None:
         """Length of the first turn's prompt in tokens, frozen when that turn was tagged."""
-        return self._first_turn[0] if self._first_turn else None
+        return self._first_turn.value[0] if self._first_turn.value else None
 
     @property
     def last_report(self) -> TurnReport | None:
@@ -180,7 +175,10 @@ class Conversation:
             if final:
                 self._final_turn = turn_id
             placement = self._placement
+            dropped = self._numbers.drop_oldest()
         _by_turn[turn_id] = self
+        if dropped is not None:
+            _by_turn.pop(dropped, None)
         headers = {
             wire.CONVERSATION_ID: self.id,
             wire.TURN_ID: turn_id,
@@ -188,7 +186,7 @@ class Conversation:
         }
         if self.parent_id is not None:
             headers[wire.PARENT_ID] = self.parent_id
-        first_turn = self._freeze_first_turn(messages, tools, counter)
+        first_turn = self._count_first_turn(messages, tools, counter)
         if first_turn is not None:
             headers[wire.FIRST_TURN_TOKENS] = str(first_turn[0])
             headers[wire.TOKEN_COUNTER] = first_turn[1]
@@ -202,7 +200,7 @@ class Conversation:
     def needs_blocking_count(self, counter: TokenCounter | None = None) -> bool:
         """Whether the next :meth:`headers_for` does I/O: then call it on a worker thread."""
         chosen = self.counter or counter
-        return chosen is not None and chosen.blocking and not self._first_turn_frozen
+        return chosen is not None and chosen.blocking and not self._first_turn.frozen
 
     def mark_final(self) -> None:
         """Make the next turn the last: the gateway ends the conversation once it has finished."""
@@ -238,7 +236,7 @@ class Conversation:
             if not self._numbers.fail(turn_id, key):
                 return
             if not self._numbers.answered and self._numbers.turns == 1:
-                self._first_turn_frozen = False
+                self._first_turn.thaw()
             if turn_id == self._final_turn:
                 self._final_next = True
         _by_turn.pop(turn_id, None)
@@ -250,7 +248,7 @@ class Conversation:
         """
         with self._lock:
             self._numbers.shared = True
-            tokens, counter = self._first_turn or (None, None)
+            tokens, counter = self._first_turn.value or (None, None)
             return Handover(
                 id=self.id,
                 parent_id=self.parent_id,
@@ -266,8 +264,7 @@ class Conversation:
         self._numbers.shared = True
         self._placement = given.placement
         if given.first_turn_tokens is not None and given.counter is not None:
-            self._first_turn = given.first_turn_tokens, given.counter
-            self._first_turn_frozen = True
+            self._first_turn = FirstTurn((given.first_turn_tokens, given.counter))
 
     def use_gateway(self, make: Callable[[], Gateway]) -> None:
         """Say where this conversation's calls go, unless that is known already."""
@@ -383,20 +380,12 @@ class Conversation:
         self._outer = self.opened_in = None
         return self._end_on_exit and self._entered_in == os.getpid()
 
-    def _freeze_first_turn(
-        self,
-        prompt: Prompt | None,
-        tools: Sequence[Any] | None,
-        counter: TokenCounter | None,
+    def _count_first_turn(
+        self, prompt: Prompt | None, tools: Sequence[Any] | None, counter: TokenCounter | None
     ) -> tuple[int, str] | None:
-        if not self._first_turn_frozen:
-            with self._counting:
-                if not self._first_turn_frozen:
-                    if prompt is not None:
-                        first = prompt if self._is_new else opening(prompt)[1]
-                        self._first_turn = count_first_turn(first, tools, self.counter or counter)
-                    self._first_turn_frozen = True
-        return self._first_turn
+        if not self._first_turn.frozen and prompt is not None and not self._is_new:
+            prompt = opening(prompt)[1]
+        return self._first_turn.freeze(prompt, tools, self.counter or counter)
 
 
 def conversation(
@@ -464,7 +453,8 @@ def conversation_of(turn_id: str) -> Conversation | None:
 def _after_fork() -> None:
     """In a forked process: a lock that another thread held would never be free again."""
     for one in list(_all):
-        one._make_locks()
+        one._lock = threading.Lock()
+        one._first_turn.renew_lock()
 
 
 if hasattr(os, "register_at_fork"):

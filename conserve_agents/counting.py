@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -88,6 +89,41 @@ class ServerTokenCounter:
             )
         except GatewayError as error:
             raise TokenCountError(f"the server's tokenizer: {error}") from error
+
+
+class FirstTurn:
+    """The length of a conversation's first turn: counted once, then frozen. Thread-safe.
+
+    Args:
+        value: tokens and who counted them, where that was done elsewhere.
+    """
+
+    __slots__ = ("_lock", "frozen", "value")
+
+    def __init__(self, value: tuple[int, str] | None = None) -> None:
+        self.value = value
+        self.frozen = value is not None
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a forked process: the old lock may be held by a thread that is not there."""
+        self._lock = threading.Lock()
+
+    def freeze(
+        self, prompt: Prompt | None, tools: Sequence[Any] | None, counter: TokenCounter | None
+    ) -> tuple[int, str] | None:
+        """Tokens and who counted them, counted now if they were not yet; None of no prompt."""
+        if not self.frozen:
+            with self._lock:
+                if not self.frozen:
+                    if prompt is not None:
+                        self.value = count_first_turn(prompt, tools, counter)
+                    self.frozen = True
+        return self.value
+
+    def thaw(self) -> None:
+        """The first turn failed: the next one will be counted."""
+        self.frozen = False
 
 
 def count_first_turn(

@@ -1,7 +1,7 @@
 """Tagging at the level of single HTTP requests, for libraries that hide their OpenAI client.
 
     tagger = HttpTagger()
-    httpx.Client(event_hooks={"request": [tagger.tag], "response": [tagger.observe]})
+    httpx.Client(event_hooks={"request": [tagger.tag], "response": [tagger.observe]})   # both
 
 Such a hook sees attempts, not calls: an attempt whose prompt repeats that of one which got no
 answer, or an error, carries its tag. Where a client object can be passed in, pass

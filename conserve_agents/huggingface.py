@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -34,7 +35,7 @@ class HuggingFaceTokenCounter:
 
     def __init__(self, tokenizer: Any, *, name: str) -> None:
         self._tokenizer: Final = tokenizer
-        self.name: Final = f"hf:{name}" if wire.is_legal_id(f"hf:{name}") else wire.safe_id(name)
+        self.name: Final = f"hf:{name if wire.is_legal_id(f'hf:{name}') else _hashed(name)}"
 
     @classmethod
     def from_file(cls, path: str | PathLike[str], *, name: str | None = None) -> Self:
@@ -90,6 +91,10 @@ class HuggingFaceTokenCounter:
     def _length(self, text: str) -> int:
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         return len(getattr(encoded, "ids", encoded))
+
+
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _library() -> Any:

@@ -119,9 +119,11 @@ class TurnNumbers:
             again = new_id(), self.turns
         turn_id, index = again
         self._open[turn_id] = index
-        if len(self._open) > MAX_OPEN:
-            self._open.popitem(last=False)
         return turn_id, index
+
+    def drop_oldest(self) -> str | None:
+        """Forget the turn that has waited longest where too many wait; its id."""
+        return self._open.popitem(last=False)[0] if len(self._open) > MAX_OPEN else None
 
     def _learn(self, prompt: Prompt | None) -> None:
         if prompt is None or (self.examples is not None and not self.shared and self._seen):
@@ -153,10 +155,13 @@ class TurnNumbers:
 
 
 def fingerprint(prompt: Prompt | None) -> bytes | None:
-    """Tells prompts apart, by their JSON; None for an unknown one."""
+    """Tells prompts apart, by their JSON; None for one that is unknown or has no JSON form."""
     if prompt is None:
         return None
-    text = json.dumps(prompt, ensure_ascii=False, default=_plain, skipkeys=True)
+    try:
+        text = json.dumps(prompt, ensure_ascii=False, default=_plain, skipkeys=True)
+    except (TypeError, ValueError, RecursionError):  # such as one that contains itself
+        return None
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conserve_agents import ArgumentError, Conversation, HandoverError, resume, wire
+from conserve_agents.conversation import conversation_of
 from conserve_agents.handover import Handover, decode
-from conserve_agents.turns import TurnNumbers, fingerprint, opening, prompt_of
+from conserve_agents.turns import MAX_OPEN, TurnNumbers, fingerprint, opening, prompt_of
 
 ASK: list[Any] = [{"role": "user", "content": "x" * 400}]
 ANSWER = {"role": "assistant", "content": "y" * 400}
@@ -337,6 +338,16 @@ def test_fingerprints_follow_the_content() -> None:
     assert fingerprint("a") != fingerprint(["a"])
     assert fingerprint(None) is None
     assert fingerprint([{"content": object}, {1: {2}}]) is not None
+    itself: list[Any] = []
+    itself.append(itself)
+    assert fingerprint(itself) is None
+
+
+def test_turns_that_nobody_says_were_answered_are_forgotten_in_the_end() -> None:
+    talk = Conversation()
+    ids = [talk.headers_for("text")[wire.TURN_ID] for _ in range(MAX_OPEN + 2)]
+    assert conversation_of(ids[0]) is None and conversation_of(ids[1]) is None
+    assert conversation_of(ids[2]) is talk
 
 
 def test_an_odd_number_of_turns_is_refused() -> None:
