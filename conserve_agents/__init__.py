@@ -6,9 +6,10 @@ Standard library only. ``conserve_agents.openai`` has drop-in OpenAI clients (ex
 
 The modules, each on those before it: ``wire`` (header names) · ``errors`` · ``gateway`` (its own
 small API) · ``turns`` (numbers, prompts, reports) · ``counting`` (first-turn length) · ``context``
-(what is current) · ``handover`` (tokens) · ``telemetry`` (OpenTelemetry) · ``conversation`` ·
-``propagation`` (threads, processes) · ``store`` · ``report`` · and, with something installed,
-``openai`` · ``hooks``, ``crewai`` (single HTTP requests) · ``huggingface`` (a local counter).
+(what is current) · ``handover`` (tokens) · ``telemetry`` (OpenTelemetry) · ``tags`` (what
+its calls say) · ``conversation`` (its life) · ``propagation`` (threads, processes) · ``store`` ·
+``report`` · ``hooks`` (single HTTP requests) · and, with something installed, ``openai``, ``crewai``
+and ``huggingface`` (a local counter).
 """
 
 from conserve_agents.context import current_conversation, propagate
