@@ -139,6 +139,8 @@ class TurnNumbers:
     def end(self, turn_id: str, *, gateway_index: int | None) -> None:
         """The turn was answered; the gateway gave it this number."""
         self._open.pop(turn_id, None)
+        for key in [key for key, (failed, _) in self._failed.items() if failed == turn_id]:
+            del self._failed[key]  # sent again with the tag it had, by whoever held it
         self.answered = True
         self.turns = max(self.turns, gateway_index or 0)
 
