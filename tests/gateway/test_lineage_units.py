@@ -122,6 +122,33 @@ def test_concurrent_continuations_part() -> None:
     assert (second.relation, second.conversation) == (Relation.FORK, "a")
 
 
+@pytest.mark.parametrize("size", [10, 3000])
+def test_samples_of_one_prompt_are_each_continued(size: int) -> None:
+    """Rollouts: one prompt many times at once, each answer continued. No conversation is lost."""
+    running: set[str] = set()
+    lineage = Lineage(1000, running.__contains__)
+    prompt = talk(20, size)
+    names = [f"c{number}" for number in range(20)]
+    for name in names:
+        match = look(lineage, prompt)
+        assert match.relation is (Relation.REPLAY if running else Relation.NEW)
+        assert match.conversation is None or match.conversation in running
+        lineage.remember(ConversationId(name), match)  # as the gateway does: they all run
+        running.add(name)
+    found = []
+    for number, name in enumerate(names):
+        running.discard(name)  # its answer has come, and only it can be continued
+        match = look(lineage, [*prompt, said(f"sample {number}"), user("go on")])
+        assert (match.relation, match.conversation) == (Relation.EXTEND, name)
+        lineage.remember(ConversationId(name), match)
+        found.append(match.conversation)
+        running.add(name)
+    assert found == names
+    assert look(lineage, [*prompt, said("late"), user("go on")]).relation is Relation.FORK
+    running.clear()
+    assert look(lineage, prompt).relation is Relation.FORK
+
+
 def test_ended_conversations_lead_nowhere() -> None:
     lineage = Lineage(100)
     send(lineage, "a", talk(40, 1000))
@@ -147,7 +174,7 @@ def test_blocks_find_what_decoding_everything_finds(seed: int) -> None:
     """The quick way over long prompts against the plain one, over random families of prompts."""
     rng = random.Random(seed)
     quick, plain = Lineage(50), Lineage(50)
-    plain._anchored = lambda *_: None  # type: ignore[method-assign]
+    plain._anchored = lambda *_: None  # type: ignore[method-assign] -- the plain way
     prompts = [[SYSTEM, user("start " + "s" * rng.choice((10, 40_000)))]]
     for step in range(25):
         messages = list(rng.choice(prompts))
@@ -191,6 +218,15 @@ def test_long_prompts_are_decoded_only_where_they_are_new(monkeypatch: pytest.Mo
     assert match.relation is Relation.EXTEND
     assert len(asked.content) > 900_000
     assert sum(decoded) < 200
+
+
+def test_the_same_prompt_for_ever_is_looked_up_at_once() -> None:
+    lineage = Lineage(10_000)
+    for number in range(2000):  # as if all of them had ended
+        send(lineage, f"c{number}", talk(2))
+        lineage.forget(ConversationId(f"c{number}"))
+    assert len(lineage) <= 256
+    assert len(lineage._latest) == 0
 
 
 def test_memory_is_bounded_whatever_comes() -> None:

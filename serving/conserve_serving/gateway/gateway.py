@@ -111,7 +111,9 @@ class Gateway:
             on_forget=self._forgotten,
         )
         self.identity = IdentityResolver(expand(identity.order, identity.aliases))
-        self._lineage = Lineage(identity.lineage_entries) if self.identity.lineage else None
+        self._lineage: Lineage | None = None
+        if self.identity.lineage:
+            self._lineage = Lineage(identity.lineage_entries, self.conversations.is_running)
         self.responses = ResponseStore(
             clock=wall,
             ttl_s=config.responses.ttl_s,

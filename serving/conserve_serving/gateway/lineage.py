@@ -20,7 +20,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
@@ -41,6 +41,8 @@ _MAX_BLOCKS: Final = 1024
 _ANCHOR_BLOCKS: Final = 8
 #: Prompts that share all whole blocks and differ in the last, incomplete one.
 _MAX_SHARED: Final = 8
+#: Conversations told apart that have sent the very same prompt.
+_MAX_ALIKE: Final = 256
 #: A compaction keeps the latest exchange within this many messages of its end.
 _KEPT_MESSAGES: Final = 16
 
@@ -163,18 +165,27 @@ class Lineage:
     """Finds conversations by the messages their prompts begin with. Bounded: oldest forgotten.
 
     Args:
-        max_prompts: prompts remembered, each in 0.5 to 1 kB.
+        max_prompts: prompts remembered, each in 0.5 to 1.5 kB.
+        running: whether a conversation has a turn running: one whose answer is still to come is
+            continued by nobody.
     """
 
-    def __init__(self, max_prompts: int) -> None:
+    def __init__(
+        self,
+        max_prompts: int,
+        running: Callable[[ConversationId], bool] = lambda _: False,
+    ) -> None:
         self._max_prompts = max_prompts
-        self._by_link: OrderedDict[bytes, _Prompt] = OrderedDict()
+        self._running = running
+        self._prompts: OrderedDict[_Prompt, None] = OrderedDict()
+        #: Several where conversations began alike: samples of one prompt, for instance.
+        self._by_link: dict[bytes, list[_Prompt]] = {}
         self._by_anchor: dict[bytes, list[_Prompt]] = {}
         self._by_evidence: dict[bytes, _Prompt] = {}
         self._latest: dict[ConversationId, _Prompt] = {}
 
     def __len__(self) -> int:
-        return len(self._by_link)
+        return len(self._prompts)
 
     def match(self, request: TurnRequest, mark: PrefixMark, *, salt: str) -> Match:
         """What ``request`` continues.
@@ -202,12 +213,15 @@ class Lineage:
         before = self._latest.get(conversation)
         if before is not None:
             self._drop_evidence(before)
+            if before.links == prompt.links:  # a retry takes the place of what it repeats
+                self._drop(before)
         self._latest[conversation] = prompt
+        self._prompts[prompt] = None
         for link in prompt.links:
-            old = self._by_link.pop(link, None)
-            if old is not None:
-                self._drop_anchor(old)
-            self._by_link[link] = prompt
+            alike = self._by_link.setdefault(link, [])
+            alike.append(prompt)
+            if len(alike) > _MAX_ALIKE:
+                self._evict(alike[0])
         for digest in prompt.evidence:
             self._by_evidence[digest] = prompt
         if prompt.anchor is not None:
@@ -215,8 +229,8 @@ class Lineage:
             shared.append(prompt)
             if len(shared) > _MAX_SHARED:
                 del shared[0]
-        while len(self._by_link) > self._max_prompts:
-            self._forget(self._by_link.popitem(last=False)[1])
+        while len(self._prompts) > self._max_prompts:
+            self._evict(next(iter(self._prompts)))
 
     def forget(self, conversation: ConversationId) -> None:
         """The conversation is over: what it sent no longer leads to it."""
@@ -288,20 +302,38 @@ class Lineage:
         whole = root is None and len(links) > 1 and links[-1][:1] == _TAIL
         prompt = _Prompt(tuple(links[-2:] if whole else links[-1:]))
         for depth in range(len(links) - 1, -1, -1):
-            head = self._by_link.get(links[depth])
-            conversation = None if head is None else head.conversation
-            if head is None or conversation is None or conversation not in self._latest:
-                continue  # unknown, or of a conversation that is over
-            if self._latest[conversation] is head:
+            known, latest = self._best(links[depth])
+            if known is None:
+                continue
+            if latest:
                 relation = Relation.REPLAY if depth == len(links) - 1 else Relation.EXTEND
-                return Match(relation=relation, conversation=conversation, prompt=prompt)
+                return Match(relation=relation, conversation=known, prompt=prompt)
             rewritten = self._rewritten(root, digests[depth + 1 :])
             if rewritten is not None:
                 return Match(relation=Relation.REWRITE, conversation=rewritten, prompt=prompt)
-            return Match(relation=Relation.FORK, conversation=conversation, prompt=prompt)
+            return Match(relation=Relation.FORK, conversation=known, prompt=prompt)
         rewritten = self._rewritten(root, digests)
         relation = Relation.NEW if rewritten is None else Relation.REWRITE
         return Match(relation=relation, conversation=rewritten, prompt=prompt)
+
+    def _best(self, link: bytes) -> tuple[ConversationId | None, bool]:
+        """The conversation that has sent exactly this, and whether it was its latest prompt.
+
+        Of several, one that has not moved on, and rather one that waits for nothing.
+        """
+        best: tuple[ConversationId | None, bool] = None, False
+        for prompt in self._by_link.get(link, ()):
+            conversation = prompt.conversation
+            latest = None if conversation is None else self._latest.get(conversation)
+            if conversation is None or latest is None:
+                continue  # over
+            if latest is not prompt:
+                best = best if best[0] is not None else (conversation, False)
+            elif not self._running(conversation):
+                return conversation, True
+            elif not best[1]:
+                best = conversation, True
+        return best
 
     def _rewritten(self, root: bytes | None, digests: Sequence[bytes]) -> ConversationId | None:
         """The conversation whose latest exchange is among the last of these messages."""
@@ -317,25 +349,30 @@ class Lineage:
         return None
 
     # --- forgetting ---------------------------------------------------------------------------
-    def _forget(self, prompt: _Prompt) -> None:
-        self._drop_anchor(prompt)
-        conversation = prompt.conversation
-        if conversation is not None and self._latest.get(conversation) is prompt:
-            self.forget(conversation)
+    def _evict(self, prompt: _Prompt) -> None:
+        self._drop(prompt)
+        if prompt.conversation is not None and self._latest.get(prompt.conversation) is prompt:
+            self.forget(prompt.conversation)
 
-    def _drop_anchor(self, prompt: _Prompt) -> None:
-        if prompt.anchor is None:
-            return
-        shared = self._by_anchor.get(prompt.anchor, [])
-        if prompt in shared:
-            shared.remove(prompt)
-        if not shared:
-            self._by_anchor.pop(prompt.anchor, None)
+    def _drop(self, prompt: _Prompt) -> None:
+        self._prompts.pop(prompt, None)
+        for link in prompt.links:
+            _remove(self._by_link, link, prompt)
+        if prompt.anchor is not None:
+            _remove(self._by_anchor, prompt.anchor, prompt)
 
     def _drop_evidence(self, prompt: _Prompt) -> None:
         for digest in prompt.evidence:
             if self._by_evidence.get(digest) is prompt:
                 del self._by_evidence[digest]
+
+
+def _remove(index: dict[bytes, list[_Prompt]], key: bytes, prompt: _Prompt) -> None:
+    shared = index.get(key, [])
+    if prompt in shared:
+        shared.remove(prompt)
+    if not shared:
+        index.pop(key, None)
 
 
 class _Anchors:

@@ -98,6 +98,7 @@ class Turn:
         self._interrupted = False
         self._gone = False
         self._noted = False
+        self._concluded = False
         self._outcome = Outcome.FAILED
         self._last_error: ApiError | None = None
         self.task: asyncio.Task[None] | None = None
@@ -105,10 +106,16 @@ class Turn:
     # --- called from outside -----------------------------------------------------------------
     def start(self) -> asyncio.Task[None]:
         """Run the turn; the task ends when the client has its answer or has left."""
+        self.conversation.running += 1  # at once: the next request may be this one's twin
         self.task = asyncio.create_task(self._run())
-        # Not in the task itself: one cancelled before its first step never runs.
-        self.task.add_done_callback(lambda _: self.gateway.forget_turn(self))
+        self.task.add_done_callback(self._over)
         return self.task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        del task
+        if not self._concluded:  # cancelled before its first step: it never ran
+            self._conclude()
+        self.gateway.forget_turn(self)
 
     def deliver(self, decision: Place | Hold | Reject | CloseTurn) -> None:
         """Take a decision in (see ``runtime.Inbox``)."""
@@ -184,8 +191,7 @@ class Turn:
 
     # --- the whole life ----------------------------------------------------------------------
     async def _run(self) -> None:
-        conversation, gateway = self.conversation, self.gateway
-        conversation.running += 1
+        gateway = self.gateway
         try:
             await self._serve()
         except ApiError as error:
@@ -365,6 +371,7 @@ class Turn:
         self.client.finish(body)
 
     def _conclude(self) -> None:
+        self._concluded = True
         conversation, gateway = self.conversation, self.gateway
         conversation.running -= 1
         if not conversation.running:
