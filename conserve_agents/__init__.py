@@ -8,7 +8,7 @@ The modules, each on those before it: ``wire`` (header names) · ``errors`` · `
 small API) · ``turns`` (numbers, prompts, reports) · ``counting`` (first-turn length) · ``context``
 (what is current) · ``handover`` (tokens) · ``telemetry`` (OpenTelemetry) · ``tags`` (what
 its calls say) · ``conversation`` (its life) · ``propagation`` (threads, processes) · ``store`` ·
-``report`` · ``hooks`` (single HTTP requests) · and, with something installed, ``openai``, ``crewai``
+``report`` · ``hooks`` (single HTTP requests) · with something installed ``openai``, ``crewai``
 and ``huggingface`` (a local counter).
 """
 
