@@ -253,6 +253,23 @@ def test_calls_an_engine_does_not_number() -> None:
     assert [(b.name, b.text) for b in got.blocks] == [("f", '{"a":1}'), ("g", "{}")]
 
 
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        {},
+        {"prompt_tokens": None, "completion_tokens": None, "prompt_tokens_details": None},
+        {"prompt_tokens": -5, "prompt_tokens_details": {"cached_tokens": 9}},
+        {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": None}},
+    ],
+)
+def test_counts_an_engine_does_not_have(api: str, usage: Any) -> None:
+    answer = make(api)
+    got = events(answer.feed(stream(chunk({"content": "x"}), {"choices": [], "usage": usage})))
+    assert got[-1]["type"] in ("message_stop", "response.completed")
+
+
 def test_errors_in_anthropics_form() -> None:
     body = b'{"error": {"message": "too many", "type": "rate_limit_error"}}'
     error = json.loads(error_body(429, body))

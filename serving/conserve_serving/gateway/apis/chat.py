@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -42,7 +42,7 @@ class _Choice(msgspec.Struct):
     delta: _Delta | None = None
     message: _Delta | None = None
     finish_reason: str | None = None
-    matched_stop: str | int | None = None
+    matched_stop: Any = None
 
 
 class _Details(msgspec.Struct):
@@ -52,21 +52,27 @@ class _Details(msgspec.Struct):
 class Counts(msgspec.Struct):
     """The engine's token counts."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
     reasoning_tokens: int | None = 0
     prompt_tokens_details: _Details | None = None
 
     @property
+    def input_tokens(self) -> int:
+        """Prompt tokens, cached ones included."""
+        return max(0, self.prompt_tokens or 0)
+
+    @property
     def output_tokens(self) -> int:
-        return self.completion_tokens or 0
+        """Tokens generated, reasoning included."""
+        return max(0, self.completion_tokens or 0)
 
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that were cached; 0 where the engine does not tell."""
         details = self.prompt_tokens_details
         cached = 0 if details is None else details.cached_tokens or 0
-        return min(max(cached, 0), self.prompt_tokens)
+        return min(max(cached, 0), self.input_tokens)
 
 
 class _Error(msgspec.Struct):

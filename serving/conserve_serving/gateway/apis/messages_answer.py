@@ -152,7 +152,7 @@ class MessagesAnswer(Answer):
     def _usage(self) -> dict[str, int]:
         counts = self.counts
         return {
-            "input_tokens": counts.prompt_tokens - counts.cached_tokens,
+            "input_tokens": counts.input_tokens - counts.cached_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": counts.cached_tokens,
             "output_tokens": counts.output_tokens,

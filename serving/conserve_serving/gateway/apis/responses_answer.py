@@ -119,14 +119,14 @@ class ResponsesAnswer(Answer):
             response["incomplete_details"] = {"reason": reason}
         counts = self.counts
         response["usage"] = {
-            "input_tokens": counts.prompt_tokens,
+            "input_tokens": counts.input_tokens,
             "input_tokens_details": {
                 "cached_tokens": counts.cached_tokens,
                 "cache_write_tokens": 0,
             },
             "output_tokens": counts.output_tokens,
             "output_tokens_details": {"reasoning_tokens": counts.reasoning_tokens or 0},
-            "total_tokens": counts.prompt_tokens + counts.output_tokens,
+            "total_tokens": counts.input_tokens + counts.output_tokens,
         }
         body = msgspec.json.encode(response)
         self._on_whole(self, body)
