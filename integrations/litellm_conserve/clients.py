@@ -55,11 +55,12 @@ class Clients:
         client: AsyncConServeOpenAI
         if request.client is not None:
             client = _brought(request, AsyncConServeOpenAI, retries=retries)
-            return client
-        with self._lock:
-            kept = self._async.setdefault(asyncio.get_running_loop(), OrderedDict())
-            client = self._one_of(kept, request, AsyncConServeOpenAI)
-        return client.copy(max_retries=retries) if retries else client
+        else:
+            with self._lock:
+                kept = self._async.setdefault(asyncio.get_running_loop(), OrderedDict())
+                client = self._one_of(kept, request, AsyncConServeOpenAI)
+            client = client.copy(max_retries=retries) if retries else client
+        return client
 
     def count_with(self, counter: TokenCounter | None) -> None:
         """Count first turns with this from now on."""

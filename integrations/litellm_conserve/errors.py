@@ -4,11 +4,14 @@
     400                                    BadRequestError               no
     400 context_length_exceeded            ContextWindowExceededError    no (its own fallbacks)
     400 content_policy_violation           ContentPolicyViolationError   no (its own fallbacks)
-    401, 403, 404                          Authentication-, PermissionDenied-, NotFoundError
+    401                                    AuthenticationError           no
+    403                                    PermissionDeniedError         no
+    404                                    NotFoundError                 no
     408, 504, no answer in time            Timeout                       yes
     409                                    APIError                      yes
     429                                    RateLimitError                yes
-    502, 503                               BadGateway-, ServiceUnavailableError    yes
+    502                                    BadGatewayError               yes
+    503                                    ServiceUnavailableError       yes
     500, refused, broken off               InternalServerError           yes
     other 4xx                              BadRequestError               no
     other 5xx, not a chat completion       APIError                      yes

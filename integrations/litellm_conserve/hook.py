@@ -31,7 +31,7 @@ _TURNS: Final = frozenset(
     }
 )
 #: Requests under way that are remembered; the oldest is forgotten first.
-MAX_UNDER_WAY: Final = 10_000
+MAX_UNDER_WAY: Final = 1000
 #: How LiteLLM marks an upstream's headers.
 _UPSTREAM: Final = "llm_provider-"
 

@@ -19,9 +19,10 @@ from urllib.parse import unquote
 from conserve_agents import Conversation, current_conversation, wire
 
 #: A client's headers that may say whose call it is: a session, thread or conversation, its agent,
-#: its parent. The gateway decides which of them do.
+#: its parent; no secrets. The gateway decides which of them do.
 _SPEAKS_OF_SESSIONS: Final = re.compile(
-    r"x-conserve-|baggage$|.*(session|thread|conv-id|conversation|agent-id|routing-key|trace-id)"
+    r"x-conserve-|baggage$|(?!.*(token|secret|auth|cookie))"
+    r".*(session|thread|conv-id|conversation|agent-id|routing-key|trace-id)"
 )
 #: How LiteLLM marks a session id that it made up for one request (its ``missing_session_id``).
 _MADE_UP: Final = "litellm_session_id_generated"
@@ -113,7 +114,9 @@ def _with_turn(headers: dict[str, str], call_id: Any) -> dict[str, str]:
 
 
 def _says(headers: Mapping[str, str], session: str) -> bool:
-    return any(
-        value.strip() == session or (name.lower() == "baggage" and session in unquote(value))
-        for name, value in headers.items()
-    )
+    values = [value for name, value in headers.items() if name.lower() != "baggage"]
+    for name, value in headers.items():
+        if name.lower() == "baggage":
+            members = (member.partition("=")[2].partition(";")[0] for member in value.split(","))
+            values += [unquote(member) for member in members]
+    return any(value.strip() == session for value in values)

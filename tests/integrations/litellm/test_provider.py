@@ -210,6 +210,7 @@ async def test_structured_output_and_text_completions(
 # --- whose call it is -----------------------------------------------------------------------
 
 PROXIED = {"proxy_server_request": {"headers": {"x-claude-code-session-id": "claude-123"}}}
+BAGGAGE = {"proxy_server_request": {"headers": {"baggage": "user=47,session.id=in%20baggage;x=y"}}}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,8 @@ PROXIED = {"proxy_server_request": {"headers": {"x-claude-code-session-id": "cla
         ({}, None),
         ({**PROXIED, "litellm_session_id": "claude-123"}, None),
         ({**PROXIED, "litellm_session_id": "said-in-the-body"}, "said-in-the-body"),
+        ({**BAGGAGE, "litellm_session_id": "in baggage"}, None),
+        ({**BAGGAGE, "litellm_session_id": "7"}, "7"),
     ],
 )
 def test_sessions_as_litellm_names_them(
@@ -312,6 +315,7 @@ def test_a_proxied_clients_headers_are_passed_on(server: Any, ask: dict[str, Any
         "x-claude-code-session-id": "claude-123",
         "x-claude-code-agent-id": "agent-1",
         "x-forwarded-for": "10.0.0.1",
+        "x-some-session-token": "secret",
     }
     litellm.completion(**ask, proxy_server_request={"headers": headers}, litellm_call_id="the-call")
     (call,) = server.calls
@@ -320,7 +324,7 @@ def test_a_proxied_clients_headers_are_passed_on(server: Any, ask: dict[str, Any
     assert call.tag(wire.TURN_ID) == "the-call"
     assert call.tag(wire.CONVERSATION_ID) is None
     assert call.headers["authorization"] == "Bearer conserve"
-    assert "cookie" not in call.headers and "x-forwarded-for" not in call.headers
+    assert not {"cookie", "x-forwarded-for", "x-some-session-token"} & set(call.headers)
 
     ours = {"X-ConServe-Conversation-ID": "c", "X-ConServe-Turn-ID": "t"}
     litellm.completion(
