@@ -127,7 +127,7 @@ async def test_a_messages_request_as_a_chat_completion(make_cluster: Any) -> Non
     assert sent["parallel_tool_calls"] is False
     assert sent["stop"] == ["END"]
     assert (sent["temperature"], sent["top_k"], sent["max_completion_tokens"]) == (0.1, 3, 9)
-    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
 
 
 async def test_a_responses_request_as_a_chat_completion(make_cluster: Any) -> None:
@@ -186,7 +186,7 @@ async def test_a_responses_request_as_a_chat_completion(make_cluster: Any) -> No
     ]
     assert sent["tool_choice"] == {"type": "function", "function": {"name": "f"}}
     assert sent["response_format"] == {"type": "json_object"}
-    assert (sent["reasoning_effort"], sent["max_completion_tokens"]) == ("high", 9)
+    assert (sent["reasoning_effort"], sent["max_completion_tokens"]) == ("xhigh", 9)
 
 
 # --- streams ---------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from conserve_serving.gateway.apis.blocks import (
 )
 from conserve_serving.gateway.apis.request import (
     Message,
+    check_effort,
     decode,
     function,
     given,
     is_list,
     is_string,
     refuse,
-    thinks,
     translated,
 )
 from conserve_serving.gateway.errors import InvalidRequestError
@@ -147,10 +147,13 @@ def parse_messages(body: bytes | bytearray, *, counting: bool = False) -> Messag
             raise refuse("output_config.format", 'send {"type": "json_schema", "schema": …}')
         schema = {"name": "output", "schema": shape.schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-    thinks(fields, output.effort)
-    # Who does not ask for thinking does not expect his tokens to be spent on it.
+    check_effort(output.effort, "output_config.effort")
+    if output.effort is not None:
+        fields["reasoning_effort"] = output.effort
+    # Who does not ask for thinking does not expect tokens to be spent on it. Some templates look
+    # at the one name, some at the other.
     thinking = asked.thinking is not None and asked.thinking.type != "disabled"
-    fields["chat_template_kwargs"] = {"enable_thinking": thinking}
+    fields["chat_template_kwargs"] = {"enable_thinking": thinking, "thinking": thinking}
     if not counting:
         fields["max_completion_tokens"] = asked.max_tokens
         if asked.stop_sequences:

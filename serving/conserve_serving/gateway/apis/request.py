@@ -14,15 +14,8 @@ _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
 Message = dict[str, Any]
 
-#: Efforts of both APIs, as SGLang knows them.
-_EFFORTS: Final = {
-    "minimal": "low",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "high",
-    "max": "high",
-}
+#: Efforts of both APIs, all of which SGLang knows.
+_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class _Decodes(Protocol[_T_co]):
@@ -109,15 +102,15 @@ def call(id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def thinks(fields: Message, effort: str | None) -> None:
-    """Ask for an effort of reasoning, in the fields of a chat completion."""
-    if effort == "none":
-        fields["chat_template_kwargs"] = {"enable_thinking": False}
-    elif effort in _EFFORTS:
-        fields["reasoning_effort"] = _EFFORTS[effort]
-    elif effort is not None:
+def check_effort(effort: str | None, where: str) -> None:
+    """Whether an effort of reasoning is one.
+
+    Raises:
+        InvalidRequestError: it is not; names the field.
+    """
+    if effort is not None and effort not in _EFFORTS:
         raise InvalidRequestError(
-            f"effort {quoted(effort)} is unknown: use none, {', '.join(_EFFORTS)}", param="effort"
+            f"{where} {quoted(effort)} is unknown: use {', '.join(_EFFORTS)}", param=where
         )
 
 

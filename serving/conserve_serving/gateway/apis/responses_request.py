@@ -17,13 +17,13 @@ from msgspec import UNSET, Raw, UnsetType
 from conserve_serving.gateway.apis.items import CUSTOM_INPUT, ITEMS, chat_messages
 from conserve_serving.gateway.apis.request import (
     Message,
+    check_effort,
     decode,
     function,
     given,
     is_list,
     is_string,
     refuse,
-    thinks,
 )
 from conserve_serving.gateway.errors import InvalidRequestError, quoted
 from conserve_serving.gateway.request import IdentityFields, decode_body
@@ -153,7 +153,10 @@ def parse_responses(body: bytes | bytearray) -> ResponsesRequest:
         if value is not None:
             fields[name] = value
     _format(asked, fields)
-    thinks(fields, None if asked.reasoning is None else asked.reasoning.effort)
+    effort = None if asked.reasoning is None else asked.reasoning.effort
+    check_effort(effort, "reasoning.effort")
+    if effort is not None:
+        fields["reasoning_effort"] = effort
     if asked.stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
     echo: dict[str, Any] = {
@@ -161,7 +164,7 @@ def parse_responses(body: bytes | bytearray) -> ResponsesRequest:
     } | {
         "tools": tools,
         "text": _echoed_format(asked.text),
-        "reasoning": {"effort": asked.reasoning and asked.reasoning.effort, "summary": None},
+        "reasoning": {"effort": effort, "summary": None},
         "temperature": asked.temperature,
         "top_p": asked.top_p,
         "max_output_tokens": asked.max_output_tokens,
