@@ -108,7 +108,7 @@ def _served_as_one(proxy: Any, gateway: Gateway, *, turns: int) -> Served:
         seen = gateway.conversation(conversation)
     assert seen["source"] == "conserve"
     assert seen["turns"] == turns
-    remembered = [turn["index"] for turn in seen["recent_turns"]]
+    remembered = list(dict.fromkeys(turn["index"] for turn in seen["recent_turns"]))
     assert remembered == list(range(1, turns + 1))[-len(remembered) :]
     counted = seen["first_turn_tokens"]  # the engine's, once it has counted
     assert abs(first_turn_tokens - counted) <= COUNT_TOLERANCE * counted, (

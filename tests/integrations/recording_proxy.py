@@ -20,6 +20,8 @@ from conserve_agents import wire
 
 #: Request headers that belong to one connection, not to the request.
 _HOP = frozenset({"connection", "content-length", "host", "keep-alive", "transfer-encoding"})
+#: Status noted of a call whose answer was lost.
+LOST = 0
 _MODEL_CALLS = ("/chat/completions", "/completions", "/responses", "/messages")
 
 
@@ -67,6 +69,7 @@ class RecordingProxy:
         self._lock = threading.Lock()
         self._arrived = 0
         self._refusals: dict[int, int] = {}
+        self._lost: set[int] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.proxy = self  # type: ignore[attr-defined] # how a handler finds it
@@ -93,6 +96,16 @@ class RecordingProxy:
         """Answer the model calls with these numbers (1: the next one) without the gateway."""
         with self._lock:
             self._refusals.update({self._arrived + number: status for number in numbers})
+
+    def lose(self, *numbers: int) -> None:
+        """Lose the answers to the model calls with these numbers: the gateway serves them, and the
+        client's connection breaks."""
+        with self._lock:
+            self._lost.update(self._arrived + number for number in numbers)
+
+    def loses(self, place: int) -> bool:
+        """Whether the answer to the model call at ``place`` is to be lost."""
+        return place + 1 in self._lost
 
     def arrive(self) -> tuple[int, int | None]:
         """A model call arrives: its place among them, and the status to refuse it with."""
@@ -126,11 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
             path=path,
             headers={name.lower(): value for name, value in self.headers.items()},
             body=json.loads(body),
-            status=refusal or 200,
+            status=LOST if proxy.loses(place) else refusal or 200,
         )
         proxy.note(place, call)
         if refusal is None:
-            self._forward(proxy, body)
+            self._forward(proxy, body, lose=proxy.loses(place))
             return
         error = {"message": "refused on purpose", "type": "test", "param": None, "code": None}
         raw = json.dumps({"error": error}).encode()
@@ -143,12 +156,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_DELETE = _pass  # noqa: N815 - names that http.server looks for
 
-    def _forward(self, proxy: RecordingProxy, body: bytes) -> None:
+    def _forward(self, proxy: RecordingProxy, body: bytes, *, lose: bool = False) -> None:
         connection = http.client.HTTPConnection(*proxy.upstream, timeout=60)
         try:
             headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP}
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
+            if lose:
+                answer.read()
+                return
             self.send_response_only(answer.status, answer.reason)
             for name, value in answer.getheaders():
                 if name.lower() not in _HOP:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import openai
 import pytest
 
 from conserve_agents import ServerTokenCounter, conversation, wire
@@ -77,6 +78,21 @@ def test_sync(ask: Any, case: Any) -> None:
             if not message.tool_calls:
                 messages.append({"role": "user", "content": case.follow_up})
     case.served_as_one(turns=TURNS)
+
+
+def test_an_answer_that_was_lost_is_not_another_turn(case: Any) -> None:
+    case.proxy.lose(1, 3)
+    messages: list[Any] = [{"role": "user", "content": case.question}]
+    client = ConServeOpenAI(base_url=case.proxy.base_url, max_retries=0)
+    with client, conversation():
+        for _ in range(2):
+            call = {"model": case.model, "messages": messages}
+            with pytest.raises(openai.APIConnectionError):
+                create(client, **call)
+            messages += results(create(client, **call), case.tools)
+            messages.append({"role": "user", "content": case.follow_up})
+    served = case.served_as_one(turns=2)
+    assert served.seen["state"] == "ended"
 
 
 async def acreate(client: AsyncConServeOpenAI, **call: Any) -> Any:
