@@ -50,7 +50,7 @@ $(VENV)-litellm/.ready: pyproject.toml constraints-litellm.txt
 	@touch $@
 
 test-litellm: setup $(VENV)-litellm/.ready
-	@$(VENV)-litellm/bin/python -m pytest -q tests/integrations/litellm
+	@$(VENV)-litellm/bin/python -m pytest -q --disable-warnings tests/integrations/litellm
 
 # Agent frameworks on our OpenAI clients, through the real gateway. Two environments: most need
 # openai 3, CrewAI needs openai 2, where the matrix of our own clients runs again as well.
