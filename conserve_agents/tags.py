@@ -109,7 +109,7 @@ class Tags:
         if self._ended:
             warn_once("ended", "call after its conversation %s was ended: not tagged", self.id)
             return {}
-        key = fingerprint(messages) if self._numbers.remembers_failures else None
+        key = fingerprint(messages) if self._numbers.may_repeat(messages) else None
         with self._lock:
             turn_id, index = self._numbers.begin(messages, key, self._new_id)
             final, self._final_next = final or self._final_next, False
@@ -174,7 +174,7 @@ class Tags:
         """
         key = fingerprint(messages)
         with self._lock:
-            if not self._numbers.fail(turn_id, key):
+            if not self._numbers.fail(turn_id, messages, key):
                 return
             if not self._numbers.answered and self._numbers.turns == 1:
                 self._first_turn.thaw()

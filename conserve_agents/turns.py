@@ -95,12 +95,13 @@ class TurnNumbers:
         self.answered = False
         self._seen = turns is not None  # whether the count is known without a history
         self._open: OrderedDict[str, int] = OrderedDict()
-        self._failed: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
+        # By the prompt's fingerprint: the turn's id and index, and the prompt's length.
+        self._failed: OrderedDict[bytes, tuple[str, int, int]] = OrderedDict()
 
-    @property
-    def remembers_failures(self) -> bool:
-        """Whether the next prompt's :func:`fingerprint` is wanted."""
-        return bool(self._failed)
+    def may_repeat(self, prompt: Prompt | None) -> bool:
+        """Whether a prompt may be that of a call that failed, so that its :func:`fingerprint` is
+        worth taking: a history that has grown is not looked at."""
+        return bool(self._failed) and _length(prompt) in {n for _, _, n in self._failed.values()}
 
     def begin(
         self, prompt: Prompt | None, key: bytes | None, new_id: Callable[[], str]
@@ -109,15 +110,16 @@ class TurnNumbers:
 
         Args:
             prompt: its prompt, None where unknown.
-            key: the prompt's fingerprint; only asked for while failures are remembered.
+            key: the prompt's fingerprint, where it :meth:`may_repeat`.
             new_id: makes an id for a new turn.
         """
-        again = None if key is None else self._failed.pop(key, None)
-        if again is None:
+        failed = None if key is None else self._failed.pop(key, None)
+        if failed is not None:
+            turn_id, index, _ = failed
+        else:
             self._learn(prompt)
             self.turns += 1
-            again = new_id(), self.turns
-        turn_id, index = again
+            turn_id, index = new_id(), self.turns
         self._open[turn_id] = index
         return turn_id, index
 
@@ -139,18 +141,23 @@ class TurnNumbers:
     def end(self, turn_id: str, *, gateway_index: int | None) -> None:
         """The turn was answered; the gateway gave it this number."""
         self._open.pop(turn_id, None)
-        for key in [key for key, (failed, _) in self._failed.items() if failed == turn_id]:
+        for key in [key for key, (failed, *_) in self._failed.items() if failed == turn_id]:
             del self._failed[key]  # sent again with the tag it had, by whoever held it
         self.answered = True
         self.turns = max(self.turns, gateway_index or 0)
 
-    def fail(self, turn_id: str, key: bytes | None) -> bool:
-        """The turn was not answered. Whether it was open, so that this is news."""
+    def fail(self, turn_id: str, prompt: Prompt | None, key: bytes | None) -> bool:
+        """The turn was not answered. Whether it was open, so that this is news.
+
+        Args:
+            turn_id: whose.
+            prompt, key: its prompt and the fingerprint of that.
+        """
         index = self._open.pop(turn_id, None)
         if index is None:
             return False
         if key is not None:
-            self._failed[key] = turn_id, index
+            self._failed[key] = turn_id, index, _length(prompt)
             if len(self._failed) > MAX_FAILED:
                 self._failed.popitem(last=False)
         return True
@@ -213,6 +220,10 @@ def _is_answer(message: Any) -> bool:
     if role is not None:
         return bool(role == "assistant")
     return isinstance(kind, str) and (kind == "reasoning" or kind.endswith("_call"))
+
+
+def _length(prompt: Prompt | None) -> int:
+    return len(prompt) if hasattr(prompt, "__len__") else -1
 
 
 def _plain(value: Any) -> Any:

@@ -54,6 +54,15 @@ def test_parallel_calls_that_fail_each_get_their_own_back() -> None:
     assert index(talk.headers_for(prompts[3])) == 5
 
 
+def test_a_history_that_has_grown_since_a_failure_is_not_digested() -> None:
+    numbers = TurnNumbers()
+    assert not numbers.may_repeat(ASK)
+    turn_id, _ = numbers.begin(ASK, None, lambda: "t")
+    numbers.fail(turn_id, ASK, fingerprint(ASK))
+    assert numbers.may_repeat([{"role": "user", "content": "as long"}])
+    assert not numbers.may_repeat([*ASK, ANSWER]) and not numbers.may_repeat(None)
+
+
 def test_equal_calls_in_flight_are_turns_of_their_own() -> None:
     talk = Conversation()
     one, two = talk.headers_for(ASK), talk.headers_for(ASK)
@@ -159,7 +168,7 @@ def test_numbers_are_dense_and_retries_keep_theirs(steps: list[str]) -> None:
             given_out[turn[0]] = turn[1]
             last = (key, *turn)
         elif last is not None and step == "fail":
-            if numbers.fail(last[1], last[0]):
+            if numbers.fail(last[1], ASK, last[0]):
                 failed[last[0]] = last[1:]
                 while len(failed) > 8:
                     failed.pop(next(iter(failed)))
