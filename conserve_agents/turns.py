@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -223,7 +223,7 @@ def _is_answer(message: Any) -> bool:
 
 
 def _length(prompt: Prompt | None) -> int:
-    return len(prompt) if hasattr(prompt, "__len__") else -1
+    return len(prompt) if isinstance(prompt, Sized) else -1
 
 
 def _plain(value: Any) -> Any:
