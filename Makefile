@@ -5,10 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-
 SGLANG := .venv-sglang
 
-.PHONY: help setup demo test test-slow test-openai2 test-sglang check lint types contracts bench clean
+.PHONY: help setup demo test test-slow test-openai2 test-litellm test-recipes test-recipes-openai3 \
+  test-recipes-openai2 test-sglang check lint types contracts bench clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -61,6 +61,38 @@ $(SGLANG)/.ready: constraints-sglang.txt pyproject.toml
 test-sglang: setup $(SGLANG)/.ready
 	@$(BIN)/python -m pytest -q -m sglang
 
+# The LiteLLM provider, with LiteLLM and its proxy, which do not fit into the development environment.
+$(VENV)-litellm/.ready: pyproject.toml constraints-litellm.txt
+	@test -x $(VENV)-litellm/bin/python || $(PYTHON) -m venv $(VENV)-litellm
+	@echo "installing LiteLLM into $(VENV)-litellm (a minute or two, 750 MB) ..."
+	@$(VENV)-litellm/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-litellm.txt -e '.[litellm,serving]' 'litellm[proxy]' pytest pytest-asyncio
+	@touch $@
+
+test-litellm: setup $(VENV)-litellm/.ready
+	@$(VENV)-litellm/bin/python -m pytest -q --disable-warnings tests/integrations/litellm
+
+# Agent frameworks on our OpenAI clients, through the real gateway. Two environments: most need
+# openai 3, CrewAI needs openai 2, where the matrix of our own clients runs again as well.
+RECIPES_openai3 := openai-agents 'pydantic-ai-slim[openai]' 'smolagents[openai]' \
+  autogen-agentchat 'autogen-ext[openai]'
+RECIPES_openai2 := crewai
+RECIPE_TESTS_openai2 := tests/integrations/test_openai_*.py tests/integrations/test_session_*.py
+
+$(VENV)-recipes-%/.ready: pyproject.toml constraints-recipes-%.txt
+	@test -x $(VENV)-recipes-$*/bin/python || $(PYTHON) -m venv $(VENV)-recipes-$*
+	@echo "installing into $(VENV)-recipes-$* (a minute, 260 MB for openai 3, 1.1 GB for openai 2) ..."
+	@$(VENV)-recipes-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-recipes-$*.txt -e '.[openai,serving]' $(RECIPES_$*) \
+	  hypothesis pytest pytest-asyncio
+	@touch $@
+
+test-recipes: test-recipes-openai3 test-recipes-openai2
+
+test-recipes-openai3 test-recipes-openai2: test-recipes-%: setup $(VENV)-recipes-%/.ready
+	@$(VENV)-recipes-$*/bin/python -m pytest -q --disable-warnings \
+	  tests/integrations/test_recipes_*.py $(RECIPE_TESTS_$*)
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -76,6 +108,8 @@ check: lint types contracts test
 bench: setup
 	@$(BIN)/python benchmarks/scheduler_core/run.py
 	@$(BIN)/python benchmarks/gateway_overhead/run.py
+	@$(BIN)/python benchmarks/identity/run.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-openai2 $(SGLANG) .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf $(VENV) $(VENV)-openai2 $(VENV)-litellm $(VENV)-recipes-openai2 $(VENV)-recipes-openai3
+	rm -rf $(SGLANG) .mypy_cache .ruff_cache .pytest_cache .hypothesis out

@@ -4,7 +4,7 @@
         client.chat.completions.create(…)   # tagged: conversation, turn, first-turn length
 
 A conversation is *current* in the context (thread or task) that entered it and in every task
-started there. Plain threads do not inherit it: wrap what they run in ``propagate``.
+started there. Plain threads do not inherit it, other processes cannot: see ``propagation``.
 """
 
 from __future__ import annotations
@@ -12,36 +12,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import threading
-import uuid
-import weakref
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-from conserve_agents import wire
 from conserve_agents.context import current_conversation, set_current
-from conserve_agents.counting import Prompt, TokenCounter, count_first_turn
-from conserve_agents.errors import ConversationIdError, ConversationStateError
+from conserve_agents.counting import TokenCounter
+from conserve_agents.errors import ConversationStateError
 from conserve_agents.gateway import Gateway, end_quietly
-from conserve_agents.logs import warn_once
-from conserve_agents.turns import TurnReport, opening, read_report
+from conserve_agents.handover import decode
+from conserve_agents.tags import Tags, new_uuid, tags_of
+from conserve_agents.turns import Prompt
 
 #: Children a conversation remembers in order to end them with itself; the oldest is forgotten
 #: first, and ends at the gateway by being idle.
 MAX_CHILDREN: Final = 1024
 
-#: Conversations in use, by id: how a response finds the one its request was tagged with.
-_live: Final[weakref.WeakValueDictionary[str, Conversation]] = weakref.WeakValueDictionary()
 
-
-def _uuid() -> str:
-    return uuid.uuid4().hex
-
-
-class Conversation:
-    """One conversation. Safe to share between threads and tasks.
+class Conversation(Tags):
+    """One conversation. Safe to share between threads and tasks; pickled, it is handed over.
 
     Args:
         id: names it, at the gateway too; an illegal one (too long, not visible ASCII) is replaced
@@ -51,6 +42,9 @@ class Conversation:
         gateway: where to end it; None: where its first call went.
         end_on_exit: whether leaving the ``with`` block ends it. Pass False for a conversation
             that goes on later, under the same id.
+        turns: how many it has had elsewhere; None: none if the id is a new one, else what the
+            history of the first call shows. Pass 0 for a new conversation with an id of your own
+            whose first prompt holds examples of answers.
         new_id: makes ids for conversations and turns.
 
     Attributes:
@@ -58,6 +52,7 @@ class Conversation:
             graph that was.
 
     Raises:
+        ArgumentError: ``turns`` is negative or not a number.
         ConversationIdError: an id is empty or not a string.
         GatewayUrlError: ``gateway`` is not an http or https URL.
     """
@@ -70,129 +65,50 @@ class Conversation:
         counter: TokenCounter | None = None,
         gateway: Gateway | str | None = None,
         end_on_exit: bool = True,
-        new_id: Callable[[], str] = _uuid,
+        turns: int | None = None,
+        new_id: Callable[[], str] = new_uuid,
     ) -> None:
-        self.id: Final = _checked(new_id() if id is None else id, "id")
-        parent = None if parent_id is None else _checked(parent_id, "parent")
-        self.parent_id: Final = None if parent == self.id else parent
-        self.counter: Final = counter
+        super().__init__(id, parent_id=parent_id, counter=counter, turns=turns, new_id=new_id)
         self.opened_in: contextvars.Context | None = None
         self._gateway = Gateway(gateway) if isinstance(gateway, str) else gateway
         self._end_on_exit: Final = end_on_exit
-        self._new_id: Final = new_id
-        # A given id may name a conversation that began elsewhere; a new one cannot.
-        self._may_have_history: Final = id is not None
-        self._lock: Final = threading.Lock()
-        self._counting: Final = threading.Lock()
-        self._turns = 0
-        self._first_turn: tuple[int, str] | None = None
-        self._first_turn_frozen = False
-        self._report: TurnReport | None = None
-        self._final_next = False
-        self._ended = False
-        self._entered = False
+        self._entered_in: int | None = None  # the process that did
         self._outer: Conversation | None = None
         self._children: OrderedDict[str, Conversation] = OrderedDict()
-        _live[self.id] = self
+
+    def __reduce__(self) -> tuple[Callable[[str], Conversation], tuple[str]]:
+        return resume, (self.handover(),)
 
     def __repr__(self) -> str:
-        state = "ended" if self._ended else f"{self._turns} turns"
+        state = "ended" if self._ended else f"{self.turns} turns"
         return f"<Conversation {self.id!r}, {state}>"
-
-    @property
-    def turns(self) -> int:
-        """Turns tagged so far, with those its history showed when its id was given."""
-        return self._turns
-
-    @property
-    def first_turn_tokens(self) -> int | None:
-        """Length of the first turn's prompt in tokens, frozen when that turn was tagged."""
-        return self._first_turn[0] if self._first_turn else None
-
-    @property
-    def last_report(self) -> TurnReport | None:
-        """What the gateway said of the latest turn that was answered."""
-        return self._report
 
     @property
     def ended(self) -> bool:
         """Whether :meth:`end` was called; calls made in it from then on are not tagged."""
         return self._ended
 
-    def headers_for(
-        self,
-        messages: Prompt | None = None,
-        tools: Sequence[Any] | None = None,
-        *,
-        final: bool = False,
-        counter: TokenCounter | None = None,
-    ) -> dict[str, str]:
-        """Begin a turn: the headers that tag one model call, its retries included.
-
-        Call it once per logical call. Never raises on account of what is tagged.
-
-        Args:
-            messages: the call's messages, or the prompt of a plain completion.
-            tools: the call's tool schemas.
-            final: this is the conversation's last turn: the gateway ends it afterwards.
-            counter: used when the conversation has no counter of its own.
-        """
-        if self._ended:
-            warn_once("ended", "call after its conversation %s was ended: not tagged", self.id)
-            return {}
-        answered, first_prompt = 0, messages
-        if messages is not None and self._may_have_history and self._turns == 0:
-            answered, first_prompt = opening(messages)
-        with self._lock:
-            self._turns = index = (self._turns or answered) + 1
-            final, self._final_next = final or self._final_next, False
-            placement = self._report.placement if self._report else None
-        headers = {
-            wire.CONVERSATION_ID: self.id,
-            wire.TURN_ID: self._new_id(),
-            wire.TURN_INDEX: str(index),
-        }
-        if self.parent_id is not None:
-            headers[wire.PARENT_ID] = self.parent_id
-        first_turn = self._freeze_first_turn(first_prompt, tools, counter)
-        if first_turn is not None:
-            headers[wire.FIRST_TURN_TOKENS] = str(first_turn[0])
-            headers[wire.TOKEN_COUNTER] = first_turn[1]
-        if placement is not None:
-            headers[wire.PLACEMENT] = placement
-        if final:
-            headers[wire.FINAL] = "1"
-        return headers
-
-    def needs_blocking_count(self, counter: TokenCounter | None = None) -> bool:
-        """Whether the next :meth:`headers_for` does I/O: then call it on a worker thread."""
-        chosen = self.counter or counter
-        return chosen is not None and chosen.blocking and not self._first_turn_frozen
-
-    def mark_final(self) -> None:
-        """Make the next turn the last: the gateway ends the conversation once it has finished."""
-        self._final_next = True
-
-    def observe(self, headers: Mapping[str, str]) -> TurnReport:
-        """Take in a response's headers: the placement token is echoed on the next turn."""
-        report = read_report(headers)
-        with self._lock:
-            # Answers to parallel turns may arrive in any order: the latest turn's counts.
-            known = self._report.turn_index if self._report else None
-            if known is None or report.turn_index is None or report.turn_index >= known:
-                self._report = report
-        return report
-
     def use_gateway(self, make: Callable[[], Gateway]) -> None:
         """Say where this conversation's calls go, unless that is known already."""
         if self._gateway is None:
             self._gateway = make()
 
-    def child(self, id: str, *, parent_id: str | None = None) -> Conversation:
+    def fork(self, id: str | None = None) -> Conversation:
+        """A new conversation that goes on from this one's history; enter it like any other.
+
+        Its first turn is the whole prompt it begins with, of which engines share what they can.
+        It names this one as its parent, and is ended with it at the latest.
+        """
+        return self.child(self._new_id() if id is None else id, turns=0)
+
+    def child(
+        self, id: str, *, parent_id: str | None = None, turns: int | None = None
+    ) -> Conversation:
         """The sub-conversation of this id, made on first use; it is ended together with this one.
 
         Args:
             parent_id: who started it, when that was another child; None: this conversation.
+            turns: see :class:`Conversation`.
         """
         with self._lock:
             found = self._children.get(id)
@@ -202,6 +118,7 @@ class Conversation:
                     parent_id=parent_id or self.id,
                     counter=self.counter,
                     gateway=self._gateway,
+                    turns=turns,
                     new_id=self._new_id,
                 )
                 found._ended = self._ended
@@ -229,7 +146,7 @@ class Conversation:
         if not first_time:
             return []
         open_ones = [one for child in children for one in child._close()]
-        if self._turns and self._gateway is not None:
+        if self.turns and self._gateway is not None:
             open_ones.append((self._gateway, self.id))
         return open_ones
 
@@ -248,12 +165,12 @@ class Conversation:
 
     def __enter__(self) -> Self:
         with self._lock:
-            if self._entered or self._ended:
+            if self._entered_in is not None or self._ended:
                 raise ConversationStateError(
                     f"conversation {self.id!r} was already entered or ended: make another, "
                     "or use activate() to go on in it"
                 )
-            self._entered = True
+            self._entered_in = os.getpid()
         self.opened_in = contextvars.copy_context()
         self._outer = set_current(self)
         return self
@@ -264,8 +181,7 @@ class Conversation:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave()
-        if self._end_on_exit:
+        if self._leave():
             self.end()
 
     async def __aenter__(self) -> Self:
@@ -277,27 +193,14 @@ class Conversation:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave()
-        if self._end_on_exit:
+        if self._leave():
             await self.aend()
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
+        """Whether it is to be ended: not by a forked copy of the process that entered it."""
         set_current(self._outer)
         self._outer = self.opened_in = None
-
-    def _freeze_first_turn(
-        self,
-        prompt: Prompt | None,
-        tools: Sequence[Any] | None,
-        counter: TokenCounter | None,
-    ) -> tuple[int, str] | None:
-        if not self._first_turn_frozen:
-            with self._counting:
-                if not self._first_turn_frozen:
-                    if prompt is not None:
-                        self._first_turn = count_first_turn(prompt, tools, self.counter or counter)
-                    self._first_turn_frozen = True
-        return self._first_turn
+        return self._end_on_exit and self._entered_in == os.getpid()
 
 
 def conversation(
@@ -307,24 +210,54 @@ def conversation(
     counter: TokenCounter | None = None,
     gateway: Gateway | str | None = None,
     end_on_exit: bool = True,
+    turns: int | None = None,
 ) -> Conversation:
     """A conversation to enter, with ``with`` or ``async with``.
 
     Args:
         parent: the conversation that starts this one; None: the current one, if there is one.
-        id, counter, gateway, end_on_exit: see :class:`Conversation`, which also says what is
-            raised.
+        id, counter, gateway, end_on_exit, turns: see :class:`Conversation`, which also says what
+            is raised.
     """
     starter = parent if parent is not None else current_conversation()
     parent_id = starter.id if isinstance(starter, Conversation) else starter
     return Conversation(
-        id, parent_id=parent_id, counter=counter, gateway=gateway, end_on_exit=end_on_exit
+        id,
+        parent_id=parent_id,
+        counter=counter,
+        gateway=gateway,
+        end_on_exit=end_on_exit,
+        turns=turns,
     )
 
 
-def live_conversation(conversation_id: str) -> Conversation | None:
-    """The conversation of this id, if this process is still holding it."""
-    return _live.get(conversation_id)
+def resume(
+    token: str,
+    *,
+    counter: TokenCounter | None = None,
+    gateway: Gateway | str | None = None,
+    end_on_exit: bool = False,
+) -> Conversation:
+    """The conversation that another process handed over with :meth:`Conversation.handover`.
+
+    It goes on where it was: same id, next turn index, same first-turn length, same decoder. Who
+    began it usually ends it, so leaving it here does not, unless ``end_on_exit``.
+
+    Raises:
+        HandoverError: ``token`` is not one.
+        GatewayUrlError: ``gateway`` is not an http or https URL.
+    """
+    given = decode(token)
+    made = Conversation(
+        given.id,
+        parent_id=given.parent_id,
+        counter=counter,
+        gateway=gateway,
+        end_on_exit=end_on_exit,
+        turns=given.turns,
+    )
+    made.take_over(given)
+    return made
 
 
 def end_all(conversations: Iterable[Conversation]) -> int:
@@ -345,9 +278,7 @@ def headers_for(
     return {} if current is None else current.headers_for(messages, tools, final=final)
 
 
-def _checked(value: str, what: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConversationIdError(
-            f"conversation {what} {value!r}: pass a non-empty string, or leave it out"
-        )
-    return wire.safe_id(value)
+def conversation_of(turn_id: str) -> Conversation | None:
+    """The conversation that a turn was tagged in, while it waits for an answer and is held."""
+    found = tags_of(turn_id)
+    return found if isinstance(found, Conversation) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -10,9 +11,7 @@ from conserve_agents import wire
 from conserve_agents.errors import GatewayError, TokenCountError
 from conserve_agents.gateway import Gateway
 from conserve_agents.logs import warn_once
-
-#: Chat messages, or the text of a plain completion.
-Prompt = str | Sequence[Any]
+from conserve_agents.turns import Prompt
 
 #: Mean of three modern tokenizers on code and prose, within 8 % (docs/clients/README.md).
 BYTES_PER_TOKEN: Final = 4
@@ -52,14 +51,14 @@ class BytesTokenCounter:
 
     def count(self, prompt: Prompt, tools: Sequence[Any] | None) -> int:
         """See :class:`TokenCounter`; accepts anything and never fails on an odd message."""
-        size_bytes = len(prompt.encode("utf-8", "replace")) if isinstance(prompt, str) else 0
+        size_bytes = _utf8_bytes(prompt) if isinstance(prompt, str) else 0
         if not isinstance(prompt, str):
             size_bytes = sum(_text_bytes(m) + BYTES_PER_MESSAGE for m in prompt)
         if tools:
             schemas = json.dumps(
                 tools, ensure_ascii=False, separators=(",", ":"), default=str, skipkeys=True
             )
-            size_bytes += len(schemas.encode("utf-8", "replace"))
+            size_bytes += _utf8_bytes(schemas)
         return max(1, -(-size_bytes // BYTES_PER_TOKEN))
 
 
@@ -83,9 +82,48 @@ class ServerTokenCounter:
     def count(self, prompt: Prompt, tools: Sequence[Any] | None) -> int:
         """See :class:`TokenCounter`. Raises TokenCountError when the gateway cannot be asked."""
         try:
-            return self._gateway.count_tokens(prompt, tools=tools, model=self._model)
+            return self._gateway.count_tokens(
+                prompt if isinstance(prompt, str) else chat_messages(prompt),
+                tools=chat_tools(tools) if tools else None,
+                model=self._model,
+            )
         except GatewayError as error:
             raise TokenCountError(f"the server's tokenizer: {error}") from error
+
+
+class FirstTurn:
+    """The length of a conversation's first turn: counted once, then frozen. Thread-safe.
+
+    Args:
+        value: tokens and who counted them, where that was done elsewhere.
+    """
+
+    __slots__ = ("_lock", "frozen", "value")
+
+    def __init__(self, value: tuple[int, str] | None = None) -> None:
+        self.value = value
+        self.frozen = value is not None
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a forked process: the old lock may be held by a thread that is not there."""
+        self._lock = threading.Lock()
+
+    def freeze(
+        self, prompt: Prompt | None, tools: Sequence[Any] | None, counter: TokenCounter | None
+    ) -> tuple[int, str] | None:
+        """Tokens and who counted them, counted now if they were not yet; None of no prompt."""
+        if not self.frozen:
+            with self._lock:
+                if not self.frozen:
+                    if prompt is not None:
+                        self.value = count_first_turn(prompt, tools, counter)
+                    self.frozen = True
+        return self.value
+
+    def thaw(self) -> None:
+        """The first turn failed: the next one will be counted."""
+        self.frozen = False
 
 
 def count_first_turn(
@@ -113,24 +151,100 @@ def _usable(tokens: int, name: str) -> tuple[int, str]:
     return tokens, name
 
 
-def _text_bytes(value: Any) -> int:
-    """UTF-8 bytes of the texts in a message, however nested; keys and numbers are not text."""
+def texts_of(message: Any) -> tuple[list[str], int]:
+    """The texts in a message or item, however nested, and how many attachments it has.
+
+    Keys, numbers and structure are not text: a template renders them as markers.
+    """
+    texts: list[str] = []
+    return texts, _collect(message, texts)
+
+
+def _text_bytes(message: Any) -> int:
+    texts, attachments = texts_of(message)
+    return sum(map(_utf8_bytes, texts)) + attachments * TOKENS_PER_ATTACHMENT * BYTES_PER_TOKEN
+
+
+def _utf8_bytes(text: str) -> int:
+    # Whether a string is ASCII is known to it: most of a history is never encoded.
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def _collect(value: Any, texts: list[str]) -> int:
+    """Append the texts to ``texts``; returns the number of attachments."""
     if isinstance(value, str):
-        return len(value.encode("utf-8", "replace"))
-    if isinstance(value, Mapping):
+        texts.append(value)
+        return 0
+    if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 - the first is quick
         kind = value.get("type")
         if isinstance(kind, str) and kind in _ATTACHMENTS:
-            return TOKENS_PER_ATTACHMENT * BYTES_PER_TOKEN
-        return sum(_text_bytes(v) for k, v in value.items() if k not in _NOT_TEXT)
+            return 1
+        attachments = 0
+        for key, part in value.items():
+            if key not in _NOT_TEXT:
+                if isinstance(part, str):
+                    texts.append(part)
+                elif part is not None:
+                    attachments += _collect(part, texts)
+        return attachments
     if isinstance(value, bytes | int | float) or value is None:
         return 0
     dump = getattr(value, "model_dump", None)
     if callable(dump):
-        return _text_bytes(dump())
+        return _collect(dump(), texts)
     if isinstance(value, Iterable):
-        return sum(_text_bytes(v) for v in value)
+        return sum(_collect(v, texts) for v in value)
     return 0
 
 
+def chat_messages(prompt: Sequence[Any]) -> list[Any]:
+    """Messages as chat templates know them, from messages or from Responses items."""
+    return [_chat_message(item) for item in prompt]
+
+
+def chat_tools(tools: Sequence[Any]) -> list[Any]:
+    """Tool schemas as chat templates know them, from those of either API."""
+    return [
+        {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+        if isinstance(tool, Mapping) and tool.get("type") == "function" and "name" in tool
+        else tool
+        for tool in tools
+    ]
+
+
+def _chat_message(item: Any) -> Any:
+    if not isinstance(item, Mapping):
+        dump = getattr(item, "model_dump", None)
+        item = dump(exclude_none=True) if callable(dump) else item
+    if not isinstance(item, Mapping):
+        return item
+    if item.get("type") == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    if item.get("type") == "function_call_output":
+        return {
+            "role": "tool",
+            "tool_call_id": item.get("call_id"),
+            "content": item.get("output"),
+        }
+    content = item.get("content")
+    if isinstance(content, list | tuple):
+        parts = [
+            {"type": "text", "text": part["text"]}
+            if isinstance(part, Mapping)
+            and part.get("type") in ("input_text", "output_text")
+            and "text" in part
+            else part
+            for part in content
+        ]
+        item = {**item, "content": parts}
+    if item.get("type") == "message":
+        item = {name: value for name, value in item.items() if name in ("role", "content")}
+    return item
+
+
 #: Structure rather than text: a template renders these as a marker, counted per message.
-_NOT_TEXT: Final = frozenset({"role", "type", "id", "tool_call_id"})
+_NOT_TEXT: Final = frozenset(
+    {"role", "type", "id", "tool_call_id", "call_id", "status", "encrypted_content"}
+)

@@ -1,8 +1,10 @@
 """Errors of the client layer.
 
     ConServeError
+    ├── ArgumentError            a number or setting that makes no sense      (a ValueError)
     ├── ConversationIdError      an id that cannot name a conversation       (a ValueError)
     ├── ConversationStateError   a conversation used out of order            (a RuntimeError)
+    ├── HandoverError            a hand-over token that is not one           (a ValueError)
     ├── TokenCountError          a token counter could not count
     └── GatewayError             the gateway could not be asked
         ├── GatewayUrlError          the address is not one                  (a ValueError)
@@ -20,12 +22,20 @@ class ConServeError(Exception):
     """Base of every error this package raises."""
 
 
+class ArgumentError(ConServeError, ValueError):
+    """An argument's value makes no sense; the message names it."""
+
+
 class ConversationIdError(ConServeError, ValueError):
     """The id cannot name a conversation."""
 
 
 class ConversationStateError(ConServeError, RuntimeError):
     """The conversation is not in a state that allows this, such as entering it twice."""
+
+
+class HandoverError(ConServeError, ValueError):
+    """The token does not hand over a conversation."""
 
 
 class TokenCountError(ConServeError):

@@ -90,6 +90,21 @@ class Gateway:
         path = f"/conserve/v1/conversations?limit={limit:d}"
         return self._list(path, "conversations")
 
+    def cluster(self) -> dict[str, Any]:
+        """Engines, their load and energy, and the scheduler's counters. Raises GatewayError."""
+        return self._object("GET", "/conserve/v1/cluster")
+
+    def idle_conversation(self, conversation_id: str) -> bool:
+        """Say that a conversation waits for a person, not for a tool: its KV may be parked first.
+
+        Returns:
+            False when the gateway did not know it (any more).
+
+        Raises:
+            GatewayError: it could not be asked.
+        """
+        return self._known("POST", f"{_conversation_path(conversation_id)}/idle")
+
     def end_conversation(self, conversation_id: str) -> bool:
         """End a conversation, so that its KV is freed.
 
@@ -99,13 +114,7 @@ class Gateway:
         Raises:
             GatewayError: it could not be asked.
         """
-        try:
-            self._call("DELETE", _conversation_path(conversation_id))
-        except GatewayResponseError as error:
-            if error.status == 404:
-                return False
-            raise
-        return True
+        return self._known("DELETE", _conversation_path(conversation_id))
 
     def models(self) -> list[str]:
         """Names of the models it serves. Raises GatewayError."""
@@ -139,6 +148,15 @@ class Gateway:
         if not isinstance(count, int):
             raise GatewayResponseError(f"{self.root}/v1/tokenize: no integer 'count'", status=200)
         return count
+
+    def _known(self, method: str, path: str) -> bool:
+        try:
+            self._call(method, path)
+        except GatewayResponseError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
 
     def _list(self, path: str, key: str) -> list[dict[str, Any]]:
         listing = self._object("GET", path).get(key)

@@ -4,7 +4,8 @@
 
 Everything the SDK does goes through one method, once per logical call and outside its retry loop:
 ``request``. That is where the tag goes on, so streaming, ``.stream()``, ``.parse``, raw responses
-and generic ``client.post`` are covered, and a retry carries the tag of the call it repeats.
+and generic ``client.post`` are covered, and a retry carries the tag of the call it repeats. A call
+that failed for good and is made again by the application is recognised by its prompt.
 
 A call made outside of any :func:`~conserve_agents.conversation` and without the client's own
 ``conversation_id`` is sent untagged: the gateway then tells conversations apart by their messages.
@@ -21,11 +22,12 @@ from typing import Any, Final, Self
 
 from conserve_agents import wire
 from conserve_agents.context import current_conversation
-from conserve_agents.conversation import Conversation, live_conversation
+from conserve_agents.conversation import Conversation, conversation_of
 from conserve_agents.counting import TokenCounter
 from conserve_agents.errors import ConServeError
 from conserve_agents.gateway import Gateway, default_api_key, default_base_url
 from conserve_agents.logs import warn_once
+from conserve_agents.turns import is_model_call, prompt_of
 
 try:
     import openai
@@ -34,7 +36,6 @@ except ImportError as error:
         "conserve_agents.openai needs the OpenAI SDK: pip install 'conserve-agents[openai]'"
     ) from error
 
-_TAGGED_PATHS: Final = ("/completions", "/responses")  # /chat/completions is among them
 #: What reading and changing the SDK's request can fail with, should its insides change.
 _TAGGING_ERRORS: Final = (ConServeError, AttributeError, LookupError, TypeError, ValueError)
 _ELSEWHERE: Final = ("provider", "data_residency")  # arguments that choose the address themselves
@@ -74,7 +75,7 @@ class _Tagging:
         )
 
     def _conversation_of(self, options: Any) -> Conversation | None:
-        if options.method.lower() != "post" or not options.url.endswith(_TAGGED_PATHS):
+        if not is_model_call(options.method, options.url):
             return None
         defaults: Mapping[str, Any] = getattr(self, "_custom_headers", {})
         taken = wire.CONVERSATION_ID.lower()
@@ -84,9 +85,10 @@ class _Tagging:
 
     def _tag(self, options: Any, conversation: Conversation) -> Any:
         body = options.json_data if isinstance(options.json_data, Mapping) else {}
-        prompt = next((body[k] for k in ("messages", "prompt", "input") if body.get(k)), None)
         conversation.use_gateway(self._gateway)
-        tags = conversation.headers_for(prompt, body.get("tools"), counter=self._conserve.counter)
+        tags = conversation.headers_for(
+            prompt_of(body), body.get("tools"), counter=self._conserve.counter
+        )
         tagged = copy.copy(options)
         tagged.headers = {**_given_headers(options), **tags}
         return tagged
@@ -128,7 +130,11 @@ class ConServeOpenAI(_Tagging, openai.OpenAI):
     ) -> Any:
         """The SDK's one way out; see the module."""
         tagged = self._tagged(options)
-        return super().request(cast_to, tagged, stream=stream, stream_cls=stream_cls)
+        try:
+            return super().request(cast_to, tagged, stream=stream, stream_cls=stream_cls)
+        except BaseException:  # cancelled and interrupted calls were not answered either
+            _failed(tagged)
+            raise
 
     def _process_response(self, **kwargs: Any) -> Any:
         _observe(kwargs.get("response"))
@@ -170,7 +176,11 @@ class AsyncConServeOpenAI(_Tagging, openai.AsyncOpenAI):
             tagged = await asyncio.to_thread(self._tagged, options)
         else:
             tagged = self._tagged(options)
-        return await super().request(cast_to, tagged, stream=stream, stream_cls=stream_cls)
+        try:
+            return await super().request(cast_to, tagged, stream=stream, stream_cls=stream_cls)
+        except BaseException:  # cancelled and interrupted calls were not answered either
+            _failed(tagged)
+            raise
 
     async def _process_response(self, **kwargs: Any) -> Any:
         _observe(kwargs.get("response"))
@@ -211,9 +221,23 @@ def _given_headers(options: Any) -> dict[str, Any]:
 
 
 def _observe(response: Any) -> None:
-    """Give a response's headers to the conversation its request was tagged with, if it lives."""
+    """Give an answer's headers to the conversation its request was tagged in, if it lives."""
     request = getattr(response, "request", None)
-    tag = None if request is None else request.headers.get(wire.CONVERSATION_ID)
-    conversation = None if tag is None else live_conversation(tag)
+    turn_id = None if request is None else request.headers.get(wire.TURN_ID)
+    conversation = None if turn_id is None else conversation_of(turn_id)
     if conversation is not None:
-        conversation.observe(response.headers)
+        conversation.observe(response.headers, turn_id=turn_id)
+
+
+def _failed(options: Any) -> None:
+    """Tell the conversation that a call was not answered. Never raises."""
+    try:
+        taken = wire.TURN_ID.lower()
+        given = _given_headers(options)
+        turn_id = next((value for name, value in given.items() if name.lower() == taken), None)
+        conversation = conversation_of(turn_id) if isinstance(turn_id, str) else None
+        if conversation is not None and isinstance(turn_id, str):
+            body = options.json_data if isinstance(options.json_data, Mapping) else {}
+            conversation.failed(turn_id, prompt_of(body))
+    except _TAGGING_ERRORS as error:
+        warn_once("failed", "a failed call was not noted: %r", error)

@@ -28,6 +28,8 @@ FINAL: Final = "X-ConServe-Final"
 
 # --- response headers (CONVERSATION_ID, TURN_INDEX and PLACEMENT come back as well) ---------
 IDENTITY_SOURCE: Final = "X-ConServe-Identity-Source"
+#: How the prompt stands to the conversation's previous one: new, extend, replay, fork, rewrite.
+RELATION: Final = "X-ConServe-Relation"
 PREFILL_ENGINE: Final = "X-ConServe-Prefill-Engine"
 DECODE_ENGINE: Final = "X-ConServe-Decode-Engine"
 #: Only where it is known before the body: replies that are not streamed.

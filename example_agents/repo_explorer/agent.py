@@ -10,44 +10,30 @@ import argparse
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
 
-from folder_tools import folder_tools
+from folder_tools import folder_tools, listing
 from langchain.agents import create_agent
 from langgraph.errors import GraphRecursionError
 
 from conserve_agents import Gateway, GatewayError
+from conserve_agents.report import Watch, try_text
 from langchain_conserve import ChatConServe  # stock: from langchain_openai import ChatOpenAI
 
-PROMPT = "Answer the question about this folder. Look at its files with your tools first."
+PROMPT = (
+    "Answer the question about this folder. Look at its files with your tools first. They are:\n"
+)
 MAX_STEPS = 40
 
 
 def explore(question: str, folder: Path, llm: ChatConServe, thread_id: str) -> str:
     """Ask the agent; the conversation is the graph's thread, nothing else needs to be said."""
-    agent = create_agent(llm, folder_tools(folder), system_prompt=PROMPT)
+    agent = create_agent(llm, folder_tools(folder), system_prompt=PROMPT + listing(folder))
     state = agent.invoke(
         {"messages": [{"role": "user", "content": question}]},
         {"configurable": {"thread_id": thread_id}, "recursion_limit": MAX_STEPS},
     )
     answer: str = state["messages"][-1].text
     return answer
-
-
-def summary(seen: dict[str, Any]) -> str:
-    """What ConServe did with a conversation, from ``GET /conserve/v1/conversations/{id}``."""
-    moved = ", ".join(f"{n} × {why}" for why, n in seen.get("transfers_by_reason", {}).items())
-    prompt, cached = seen.get("prompt_tokens", 0), seen.get("cached_tokens", 0)
-    return "\n".join(
-        (
-            f"conversation {seen.get('id')}: {seen.get('turns')} turns",
-            f"  engines    prefill {seen.get('prefill_engine') or '(none)'}, "
-            f"decode {seen.get('decode_engine')}",
-            f"  transfers  {seen.get('transfers')}" + (f" ({moved})" if moved else ""),
-            f"  tokens     {prompt} in prompts, {cached} of them cached "
-            f"({cached / max(prompt, 1):.0%}), {seen.get('output_tokens')} generated",
-        )
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         gateway = Gateway(options.gateway)
         served = gateway.models()
+        watch = Watch(gateway)
     except GatewayError as error:
         print(f"{error}\nStart one with: conserve up", file=sys.stderr)
         return 1
@@ -70,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     thread_id = f"repo-explorer-{uuid.uuid4().hex[:8]}"
     try:
         print(explore(options.question, options.folder, llm, thread_id))
-        print(f"\n{summary(gateway.conversation(thread_id))}")
+        print(f"\n{try_text(watch, [thread_id])}")
     except GraphRecursionError:
         print(f"No answer after {MAX_STEPS} steps.", file=sys.stderr)
         return 1

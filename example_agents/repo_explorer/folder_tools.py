@@ -10,6 +10,7 @@ from typing import Final
 from langchain_core.tools import BaseTool, tool
 
 MAX_ENTRIES: Final = 200
+MAX_LISTED: Final = 500
 MAX_READ_BYTES: Final = 16_000
 MAX_MATCHES: Final = 40
 MAX_LINE_CHARS: Final = 200
@@ -20,6 +21,17 @@ SKIPPED_FOLDERS: Final = frozenset({"node_modules", "__pycache__", "build", "dis
 
 class OutsideError(ValueError):
     """The path leads out of the folder."""
+
+
+def listing(folder: Path) -> str:
+    """The paths of the folder's files, one a line, as far as there is room."""
+    root = folder.resolve(strict=True)
+    lines: list[str] = []
+    for file in _files(root):
+        lines.append(file.relative_to(root).as_posix())
+        if len(lines) == MAX_LISTED:
+            return "\n".join([*lines, "… and more"])
+    return "\n".join(lines)
 
 
 def folder_tools(folder: Path) -> list[BaseTool]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langchain_openai import ChatOpenAI
 from pydantic import Field, SecretStr, model_validator
@@ -17,13 +20,22 @@ from conserve_agents.conversation import end_all
 from conserve_agents.gateway import default_api_key, default_base_url
 from conserve_agents.logs import warn_once
 from conserve_agents.openai import AsyncConServeOpenAI, ConServeOpenAI
-from langchain_conserve.identity import CallSite, Conversations, call_site
+from conserve_agents.turns import prompt_of
+from langchain_conserve import identity
+from langchain_conserve.identity import Call, CallSite, call_site
 
 #: How a call's origin travels from ``invoke`` to the payload; never sent, traced or cached.
 _SITE: Final = "conserve_call_site"
 #: What telling conversations apart can fail with, should LangChain's insides change.
 _TAGGING_ERRORS: Final = (ConServeError, AttributeError, LookupError, TypeError, ValueError)
-_conversations: Final = Conversations()
+
+
+@dataclass(slots=True)
+class _Tagging:
+    """Carries a call from where it is made to its payload, where it is tagged, and back."""
+
+    site: CallSite
+    call: Call | None = None
 
 
 class ChatConServe(ChatOpenAI):
@@ -118,16 +130,35 @@ class ChatConServe(ChatOpenAI):
         kwargs.pop(_SITE, None)
         return super()._get_invocation_params(stop=stop, **kwargs)
 
-    # --- the tag -----------------------------------------------------------------------------
+    # --- the call, from its tag to its end ---------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        with _followed(kwargs) as followed:
+            return super()._generate(*args, **followed)
+
+    async def _agenerate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        with _followed(kwargs) as followed:
+            return await super()._agenerate(*args, **followed)
+
+    def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+        with _followed(kwargs) as followed:
+            yield from super()._stream(*args, **followed)
+
+    async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
+        with _followed(kwargs) as followed:
+            async for chunk in super()._astream(*args, **followed):
+                yield chunk
 
     def _get_request_payload(
         self, input_: LanguageModelInput, *, stop: list[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Called once per logical call, on every path: the tag is made here."""
-        site = kwargs.pop(_SITE, None) or call_site()
+        tagging = kwargs.pop(_SITE, None)
+        if not isinstance(tagging, _Tagging):
+            tagging = _Tagging(call_site())
         payload: dict[str, Any] = super()._get_request_payload(input_, stop=stop, **kwargs)
         try:
-            headers = self._headers(site, payload)
+            headers = self._headers(tagging, payload, self._messages(input_))
         except _TAGGING_ERRORS as error:
             warn_once("tag", "model call sent untagged, for tagging it failed: %r", error)
         else:
@@ -135,19 +166,27 @@ class ChatConServe(ChatOpenAI):
                 payload["extra_headers"] = headers
         return payload
 
-    def _headers(self, site: CallSite, payload: Mapping[str, Any]) -> dict[str, Any]:
+    def _messages(self, input_: LanguageModelInput) -> Sequence[BaseMessage]:
+        if isinstance(input_, list) and all(isinstance(part, BaseMessage) for part in input_):
+            return input_  # as LangChain itself calls it; converting would validate it once more
+        return self._convert_input(input_).to_messages()
+
+    def _headers(
+        self, tagging: _Tagging, payload: dict[str, Any], messages: Sequence[BaseMessage]
+    ) -> dict[str, Any]:
         """The call's extra headers: those it has, with its tag."""
         given: dict[str, Any] = dict(payload.get("extra_headers") or {})
         taken = wire.CONVERSATION_ID.lower()
         if any(name.lower() == taken for name in (*given, *(self.default_headers or {}))):
             return given
-        messages = payload.get("messages") or []
-        conversation = _conversations.resolve(site, messages, gateway=self._address)
-        if conversation is None:
+        call = tagging.call = identity.known.begin(tagging.site, messages, gateway=self._address)
+        if call is None:
             return given
-        conversation.use_gateway(self._gateway)
-        tools = payload.get("tools")
-        return {**given, **conversation.headers_for(messages, tools, counter=self.token_counter)}
+        call.conversation.use_gateway(self._gateway)
+        tags = call.conversation.headers_for(
+            prompt_of(payload), payload.get("tools"), counter=self.token_counter
+        )
+        return {**given, **tags}
 
     # --- life cycle --------------------------------------------------------------------------
 
@@ -160,7 +199,7 @@ class ChatConServe(ChatOpenAI):
         Returns:
             How many the gateway confirmed.
         """
-        return end_all(_conversations.forget(str(thread_id), gateway=self._address))
+        return end_all(identity.known.forget(str(thread_id), gateway=self._address))
 
     async def aend_thread(self, thread_id: str) -> int:
         """:meth:`end_thread` without blocking the event loop."""
@@ -191,3 +230,15 @@ def _with_site(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[st
     if isinstance(kwargs.get(_SITE), CallSite):
         return kwargs  # stream() falls back to invoke()
     return {**kwargs, _SITE: call_site(config)}
+
+
+@contextlib.contextmanager
+def _followed(kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Note when the call made in the block has come back, or its stream is left."""
+    site = kwargs.get(_SITE)
+    tagging = _Tagging(site if isinstance(site, CallSite) else call_site())
+    try:
+        yield {**kwargs, _SITE: tagging}
+    finally:
+        if tagging.call is not None:
+            tagging.call.end()

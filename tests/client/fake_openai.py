@@ -1,7 +1,7 @@
 """A scripted OpenAI-compatible server on a real socket that remembers every request.
 
 It stands in for the gateway where a test is about what the client sends: it answers chat and plain
-completions (streamed or not), tokenize, models, and the end of a conversation.
+completions and responses (streamed or not), tokenize, models, and the end of a conversation.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class FakeOpenAI:
         self.seen: list[Seen] = []
         self.script: deque[Reply] = deque()
         self.end_status = 204
+        self.placement: Callable[[Seen, int], str] = lambda seen, number: f"place-{number}"
         self.tokenize_status = 200
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -73,7 +74,8 @@ class FakeOpenAI:
     @property
     def calls(self) -> list[Seen]:
         """Model calls, retries included."""
-        return [s for s in self.seen if s.method == "POST" and s.path.endswith("/completions")]
+        ends = ("/completions", "/responses")
+        return [s for s in self.seen if s.method == "POST" and s.path.endswith(ends)]
 
     @property
     def ended(self) -> list[str]:
@@ -132,11 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
             status = self.fake.tokenize_status
             self._send(status, {"tokens": [], "count": 4242, "max_model_len": 9})
             return
+        if seen.path.endswith("/idle"):
+            self._send(200, {})
+            return
         reply = self.fake.script.popleft() if self.fake.script else Reply()
         if reply.after is not None:
             reply.after()
         headers = {
-            wire.PLACEMENT: f"place-{len(self.fake.calls)}",
+            wire.PLACEMENT: self.fake.placement(seen, len(self.fake.calls)),
             wire.TURN_INDEX: seen.tag(wire.TURN_INDEX) or "1",
             **reply.headers,
         }
@@ -155,9 +160,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        for chunk in _chunks(reply, seen):
-            self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-        self.wfile.write(b"data: [DONE]\n\n")
+        if seen.path.endswith("/responses"):
+            for event in _events(reply, seen):
+                head = f"event: {event['type']}\n".encode()
+                self.wfile.write(head + b"data: " + json.dumps(event).encode() + b"\n\n")
+        else:
+            for chunk in _chunks(reply, seen):
+                self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
 
 
@@ -176,7 +186,49 @@ def _calls(reply: Reply) -> list[dict[str, Any]]:
     ]
 
 
+def _response(reply: Reply, seen: Seen, status: str = "completed") -> dict[str, Any]:
+    text = {"type": "output_text", "text": reply.text, "annotations": []}
+    message = {"id": "m", "type": "message", "role": "assistant", "status": status}
+    usage = {
+        **{"input_tokens": 7, "output_tokens": 2, "total_tokens": 9},
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
+    return {
+        **{"id": "r", "object": "response", "created_at": 1, "model": seen.body.get("model")},
+        **{"status": status, "parallel_tool_calls": True, "tool_choice": "auto", "tools": []},
+        "output": [{**message, "content": [text]}] if status == "completed" else [],
+        "usage": usage if status == "completed" else None,
+    }
+
+
+def _events(reply: Reply, seen: Seen) -> list[dict[str, Any]]:
+    done = _response(reply, seen)
+    (message,) = done["output"]
+    (text,) = message["content"]
+    begun = {**message, "status": "in_progress", "content": []}
+    place: dict[str, Any] = {"item_id": "m", "output_index": 0, "content_index": 0}
+    part = {**text, "text": ""}
+    begin = "response.output_item.added"
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": _response(reply, seen, "in_progress")},
+        {"type": begin, "output_index": 0, "item": begun},
+        {"type": "response.content_part.added", **place, "part": part},
+        *(
+            {"type": "response.output_text.delta", **place, "delta": piece, "logprobs": []}
+            for piece in reply.text
+        ),
+        {"type": "response.output_text.done", **place, "text": reply.text, "logprobs": []},
+        {"type": "response.content_part.done", **place, "part": text},
+        {"type": "response.output_item.done", "output_index": 0, "item": message},
+        {"type": "response.completed", "response": done},
+    ]
+    return [{**event, "sequence_number": n} for n, event in enumerate(events)]
+
+
 def _whole(reply: Reply, seen: Seen) -> dict[str, Any]:
+    if seen.path.endswith("/responses"):
+        return _response(reply, seen)
     common = {"id": "r", "created": 1, "model": seen.body.get("model"), "usage": _USAGE}
     if "messages" not in seen.body:
         choice: dict[str, Any] = {"index": 0, "text": reply.text, "finish_reason": "stop"}

@@ -14,6 +14,7 @@ import pydantic
 import pytest
 
 from conserve_agents import (
+    Conversation,
     Gateway,
     ServerTokenCounter,
     conversation,
@@ -115,6 +116,53 @@ async def test_every_async_way_too(server: Any, reply: Any) -> None:
     assert tags(server, wire.PLACEMENT) == [None, "place-1", "place-2", "place-3", "place-4"]
 
 
+def test_responses_are_tagged_in_every_way_too(
+    server: Any, client: ConServeOpenAI, reply: Any
+) -> None:
+    call: dict[str, Any] = {"model": "m", "input": "x" * 384, "instructions": "y" * 96}
+    with conversation("c") as talk:
+        assert client.responses.create(**call).output_text == "hello"
+        kinds = [event.type for event in client.responses.create(**call, stream=True)]
+        assert kinds[-1] == "response.completed"
+        with client.responses.stream(**call) as stream:
+            assert stream.get_final_response().output_text == "hello"
+        server.script.append(reply(text='{"name": "Bern"}'))
+        assert client.responses.parse(**call, text_format=City).output_parsed == City(name="Bern")
+        raw = client.responses.with_raw_response.create(**call)
+        assert raw.parse().output_text == "hello"
+        with client.responses.with_streaming_response.create(**call) as streamed:
+            assert "hello" in streamed.read().decode()
+        follow_up = [{"role": "user", "content": "and?"}]
+        client.responses.create(model="m", input=follow_up, previous_response_id="r")
+        assert talk.turns == 7
+    assert tags(server, wire.TURN_INDEX) == [str(n) for n in range(1, 8)]
+    # Instructions and input, 16 bytes around each.
+    assert set(tags(server, wire.FIRST_TURN_TOKENS)) == {str((384 + 96 + 32) // 4)}
+
+
+async def test_async_responses_are_too(server: Any) -> None:
+    call: dict[str, Any] = {"model": "m", "input": "hi"}
+    async with AsyncConServeOpenAI(base_url=server.base_url) as client, conversation("c"):
+        assert (await client.responses.create(**call)).output_text == "hello"
+        async with client.responses.stream(**call) as stream:
+            assert (await stream.get_final_response()).output_text == "hello"
+        raw = await client.responses.with_raw_response.create(**call)
+        assert raw.parse().output_text == "hello"
+    assert tags(server, wire.TURN_INDEX) == ["1", "2", "3"]
+
+
+def test_wrapped_clients_are_the_same_client(server: Any, client: ConServeOpenAI) -> None:
+    with conversation("c"):
+        raw = client.with_raw_response.chat.completions.create(**CALL)
+        assert raw.headers[wire.PLACEMENT] == "place-1"
+        with client.with_streaming_response.chat.completions.create(**CALL) as streamed:
+            assert "hello" in streamed.read().decode()
+        other = client.with_options(timeout=3).with_raw_response
+        assert other.responses.create(model="m", input="hi").parse().output_text == "hello"
+    assert tags(server, wire.TURN_INDEX) == ["1", "2", "3"]
+    assert tags(server, wire.PLACEMENT) == [None, "place-1", "place-2"]
+
+
 def test_token_id_prompts_are_counted_exactly(server: Any, client: ConServeOpenAI) -> None:
     with conversation("c"):
         client.completions.create(model="m", prompt=[11, 12, 13])
@@ -164,6 +212,55 @@ async def test_async_retries_keep_it_too(server: Any, reply: Any) -> None:
     assert tags(server, wire.TURN_INDEX) == ["1", "1"]
 
 
+def test_an_application_that_tries_again_repeats_the_turn(
+    server: Any, client: ConServeOpenAI, reply: Any
+) -> None:
+    once = client.with_options(max_retries=0)
+    server.script.extend([reply(status=503), reply(status=400), reply()])
+    with conversation("c") as talk:
+        for _ in range(2):
+            with pytest.raises(openai.APIStatusError):
+                once.chat.completions.create(**CALL)
+        once.chat.completions.create(**CALL)
+        once.chat.completions.create(**CALL)
+        assert talk.turns == 2
+    turn_ids = tags(server, wire.TURN_ID)
+    assert turn_ids[0] == turn_ids[1] == turn_ids[2] != turn_ids[3]
+    assert tags(server, wire.TURN_INDEX) == ["1", "1", "1", "2"]
+
+
+async def test_a_cancelled_call_made_again_is_the_same_turn(server: Any, reply: Any) -> None:
+    arrived, gone = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hang() -> None:
+        loop.call_soon_threadsafe(arrived.set)
+        gone.wait(20)
+
+    server.script.append(reply(after=hang))
+    async with AsyncConServeOpenAI(base_url=server.base_url) as client, conversation("c"):
+        call = asyncio.create_task(client.chat.completions.create(**CALL))
+        await arrived.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        gone.set()
+        await client.chat.completions.create(**CALL)
+    assert len(set(tags(server, wire.TURN_ID))) == 1
+    assert tags(server, wire.TURN_INDEX) == ["1", "1"]
+
+
+def test_a_tag_by_hand_that_failed_is_noted_too(
+    server: Any, client: ConServeOpenAI, reply: Any
+) -> None:
+    server.script.append(reply(status=400))
+    with conversation("c") as talk:
+        mine = talk.headers_for(ASK)
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(**CALL, extra_headers=mine)
+        assert talk.headers_for(ASK)[wire.TURN_ID] == mine[wire.TURN_ID]
+
+
 def test_errors_come_through_as_the_sdk_raises_them(
     server: Any, client: ConServeOpenAI, reply: Any
 ) -> None:
@@ -171,7 +268,8 @@ def test_errors_come_through_as_the_sdk_raises_them(
     with conversation("c"):
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**CALL)
-        client.chat.completions.create(**CALL)
+        other = [{"role": "user", "content": "shorter"}]
+        client.chat.completions.create(model="m", messages=other)
     assert tags(server, wire.TURN_INDEX) == ["1", "2"]
     assert server.ended == ["c"]
 
@@ -241,6 +339,15 @@ async def test_parallel_tasks_keep_to_their_conversations(server: Any) -> None:
     assert sorted(server.ended) == ["a0", "a1", "a2", "a3"]
 
 
+def test_equal_ids_at_two_gateways_are_not_mixed_up(server: Any, client: ConServeOpenAI) -> None:
+    talk, other = Conversation("same"), Conversation("same")
+    with talk.activate():
+        client.chat.completions.create(**CALL)
+    assert talk.last_report is not None
+    assert other.last_report is None
+    assert wire.PLACEMENT not in other.headers_for(ASK)
+
+
 async def test_a_blocking_counter_does_not_block_the_loop(server: Any) -> None:
     threads: list[int] = []
 
@@ -279,10 +386,13 @@ def test_tagging_that_fails_never_breaks_the_call(
 
 
 def test_a_conversation_nobody_holds_is_forgotten(server: Any, client: ConServeOpenAI) -> None:
-    from conserve_agents.conversation import live_conversation  # noqa: PLC0415 - internal
+    from conserve_agents.conversation import conversation_of  # noqa: PLC0415 - internal
 
-    with conversation("short", end_on_exit=False):
+    with conversation("short", end_on_exit=False) as talk:
+        turn_id = talk.headers_for(messages=ASK)[wire.TURN_ID]
+        assert conversation_of(turn_id) is talk
         client.chat.completions.create(**CALL)
+    del talk
     gc.collect()
-    assert live_conversation("short") is None
+    assert conversation_of(turn_id) is None
     assert current_conversation() is None

@@ -8,6 +8,7 @@ from conserve_serving.core import Scheduler, SchedulerSettings, make_policy
 from conserve_serving.core.decisions import CloseTurn, Decision, Hold, Place, Reject, WakeAt
 from conserve_serving.core.events import (
     ConversationEnded,
+    ConversationIdled,
     EngineDraining,
     EngineJoined,
     EngineLost,
@@ -221,7 +222,8 @@ class Chaos:
         elif kind == 3 and engine in self.alive:
             self.report(engine, b)
         elif kind == 4:
-            self.send(ConversationEnded(conversation=ConversationId(f"c{a % 8}")))
+            over = ConversationIdled if b % 3 == 0 else ConversationEnded
+            self.send(over(conversation=ConversationId(f"c{a % 8}")))
         elif kind == 5:
             self.now_s += b / 10
             self.fire_timer()

@@ -260,6 +260,33 @@ def test_conversations_that_nobody_ends_do_not_lock_the_cluster() -> None:
     assert one(world.arrive("t-a2", "a", 10_600), Place).transfer is TransferReason.KV_LOST
 
 
+def test_who_waits_for_a_person_is_parked_before_who_waits_for_a_tool() -> None:
+    world = World(headroom=0.0)
+    world.cluster("d0", capacity=32_000, host=32_000)
+    for name in "abc":
+        world.first_turn(f"t-{name}", name, 10_400)
+        world.now_s += 1.0
+    world.idle("c")
+    assert one(world.arrive("t-d", "d", 10_400), Park).conversation == "c"
+    # One that is running, or unknown, is told nothing new.
+    none(world.idle("d"), Park)
+    none(world.idle("nobody"), Park)
+    assert world.scheduler.counters.ignored_events["ConversationIdled"] == 2
+
+
+def test_who_waits_for_a_person_is_not_displaced_the_sooner_nor_protects_the_rest() -> None:
+    world = World(headroom=0.0, protect_idle_s=50.0)
+    world.cluster("d0", capacity=32_000)
+    for name in "abc":
+        world.first_turn(f"t-{name}", name, 10_400)
+        world.now_s += 1.0
+    world.idle("c")
+    waits = world.arrive("t-d", "d", 10_400)
+    world.now_s = one(waits, WakeAt).at_s
+    assert world.now_s == 50.0
+    assert one(world.send(TimerFired()), Release).conversation == "a"
+
+
 def test_a_prompt_the_store_would_not_load_is_never_handed_over() -> None:
     world = World()
     world.cluster("d0")

@@ -10,6 +10,7 @@ from conserve_serving.core import Scheduler, SchedulerSettings, make_policy
 from conserve_serving.core.decisions import Decision, Place
 from conserve_serving.core.events import (
     ConversationEnded,
+    ConversationIdled,
     Event,
     HandoffFinished,
     TurnArrived,
@@ -97,6 +98,9 @@ class World:
             self.handed_over(place)
         self.finish(place, prompt_tokens, cached_tokens=prompt_tokens - 1)
         return place
+
+    def idle(self, conversation: str) -> list[Decision]:
+        return self.send(ConversationIdled(conversation=ConversationId(conversation)))
 
     def end(self, conversation: str) -> list[Decision]:
         return self.send(ConversationEnded(conversation=ConversationId(conversation)))

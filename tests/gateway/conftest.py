@@ -269,7 +269,7 @@ class FakeEngine:
         if reply.counts is not None:
             usage = reply.counts
         if not body.get("stream"):
-            answer = {"id": "x", "model": body["model"], "choices": [{"index": 0, "text": "a"}]}
+            answer = {"id": "x", "model": body["model"], "choices": [_CHOICE]}
             _respond(writer, 200, {**answer, **({"usage": usage} if reply.usage else {})})
             return True
         writer.write(
@@ -278,7 +278,8 @@ class FakeEngine:
         )
         for number in range(reply.words):
             text = f"w{number} " + "x" * reply.pad
-            _event(writer, {"choices": [{"index": 0, "text": text}], "usage": None})
+            choice = {"index": 0, "text": text, "delta": {"content": text}}
+            _event(writer, {"choices": [choice], "usage": None})
             await writer.drain()
             self.sent = number + 1
             if reply.die_after is not None and number + 1 >= reply.die_after:
@@ -308,6 +309,9 @@ class FakeEngine:
             return True
         self.gone.set()
         return False
+
+
+_CHOICE = {"index": 0, "text": "a", "message": {"role": "assistant", "content": "a"}}
 
 
 def _ids(body: dict[str, Any]) -> list[int]:

@@ -38,7 +38,10 @@ ATTACH = "engine = 'attach'\n"
         ("[gateway]\nstall_timeout_s = '80'", ["gateway.stall_timeout_s", "number"]),
         ("[gateway]\nstall_timeout_s = nan", ["gateway.stall_timeout_s", "finite"]),
         ("[gateway]\npoll_interval_s = inf", ["gateway.poll_interval_s", "finite"]),
-        ("[identity]\nbody = 1", ["identity.body", "boolean"]),
+        ("[identity]\norder = ['body:sesion_id']", ["identity.order", "body:session_id"]),
+        ("[identity]\norder = ['routrs']", ["identity.order", "did you mean 'routers'"]),
+        ("[identity]\norder = ['lineage', 'body']", ["identity.order", "last"]),
+        ("[identity]\norder = ['header:bad name']", ["identity.order", "bad name"]),
         ("[scheduler]\nmax_attempts = '3'", ["scheduler.max_attempts", "integer"]),
         (DECODE + "count = 257", ["tiers.0.count", "256"]),
         (

@@ -36,12 +36,13 @@ from conserve_serving.gateway.config import Config, explain, load_config, parse_
 from conserve_serving.gateway.errors import ConfigError, InvalidRequestError, normalise_upstream
 from conserve_serving.gateway.handoffs import Acknowledgement, Handoffs
 from conserve_serving.gateway.identity import IdentityResolver
-from conserve_serving.gateway.lineage import Lineage, PrefixMark, Relation
+from conserve_serving.gateway.lineage import Lineage, Match, PrefixMark, Relation
 from conserve_serving.gateway.metrics import Histogram
 from conserve_serving.gateway.observe import MixedSteps
 from conserve_serving.gateway.placement import PlacementSigner
 from conserve_serving.gateway.request import Api, TurnRequest, parse_turn
 from conserve_serving.gateway.runtime import Journal, ModelClock, Runtime
+from conserve_serving.gateway.sources import DEFAULT_ORDER, expand
 from conserve_serving.gateway.usage import StreamTap, parse_usage
 
 
@@ -124,7 +125,7 @@ def test_missing_file_is_a_config_error(tmp_path: Any) -> None:
 def test_where_the_id_is_found(
     headers: dict[str, str], body: dict[str, Any], conversation: str | None, source: str
 ) -> None:
-    resolver = IdentityResolver(aliases=["X-My-Alias"])
+    resolver = IdentityResolver(expand(DEFAULT_ORDER, ["X-My-Alias"]))
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     tags = resolver.resolve(raw, chat("hi", **body).identity)
     assert tags.source == source
@@ -162,22 +163,26 @@ def test_illegal_own_headers_are_named(header: str) -> None:
 
 
 # --- lineage ---------------------------------------------------------------------------------
+def _match(lineage: Lineage, request: TurnRequest, salt: str = "s") -> Match:
+    return lineage.match(request, PrefixMark(request), salt=salt)
+
+
 def _see(lineage: Lineage, conversation: str, request: TurnRequest) -> None:
-    lineage.remember(ConversationId(conversation), lineage.match(request, salt="s").chain)
+    lineage.remember(ConversationId(conversation), _match(lineage, request))
 
 
 def test_lineage_tells_extend_replay_fork_and_new_apart() -> None:
     lineage = Lineage(100)
     _see(lineage, "a", chat("sys", "1"))
-    extended = lineage.match(chat("sys", "1", "r", "2"), salt="s")
+    extended = _match(lineage, chat("sys", "1", "r", "2"))
     assert (extended.relation, extended.conversation) == (Relation.EXTEND, "a")
-    lineage.remember(ConversationId("a"), extended.chain)
-    assert lineage.match(chat("sys", "1", "r", "2"), salt="s").relation is Relation.REPLAY
-    fork = lineage.match(chat("sys", "1", "other", "2"), salt="s")
+    lineage.remember(ConversationId("a"), extended)
+    assert _match(lineage, chat("sys", "1", "r", "2")).relation is Relation.REPLAY
+    fork = _match(lineage, chat("sys", "1", "other", "2"))
     assert (fork.relation, fork.conversation) == (Relation.FORK, "a")
-    assert lineage.match(chat("sys", "x"), salt="s").relation is Relation.NEW
-    assert lineage.match(chat("sys", "1"), salt="other tenant").relation is Relation.NEW
-    assert lineage.match(chat("sys", "1", tools=[{"a": 1}]), salt="s").relation is Relation.NEW
+    assert _match(lineage, chat("sys", "x")).relation is Relation.NEW
+    assert _match(lineage, chat("sys", "1"), salt="other tenant").relation is Relation.NEW
+    assert _match(lineage, chat("sys", "1", tools=[{"a": 1}])).relation is Relation.NEW
 
 
 @given(
@@ -187,7 +192,7 @@ def test_lineage_tells_extend_replay_fork_and_new_apart() -> None:
 def test_lineage_of_token_ids(first: list[int], more: list[int]) -> None:
     lineage = Lineage(100)
     _see(lineage, "a", ids(*first))
-    match = lineage.match(ids(*first, *more), salt="s")
+    match = _match(lineage, ids(*first, *more))
     if not more:
         assert match.relation is Relation.REPLAY
     elif len(json.dumps(first)) > 1024 + 1:
@@ -199,8 +204,8 @@ def test_lineage_is_bounded_and_forgets_the_oldest() -> None:
     for number in range(50):
         _see(lineage, f"c{number}", chat(f"hello {number}"))
     assert len(lineage) == 10
-    assert lineage.match(chat("hello 0"), salt="s").relation is Relation.NEW
-    assert lineage.match(chat("hello 49", "r"), salt="s").relation is Relation.EXTEND
+    assert _match(lineage, chat("hello 0")).relation is Relation.NEW
+    assert _match(lineage, chat("hello 49", "r")).relation is Relation.EXTEND
     assert len(lineage._latest) <= 10
 
 

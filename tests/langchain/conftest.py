@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from pytest_asyncio import is_async_test
 
-import langchain_conserve.chat_model
 from conserve_agents import logs
+from langchain_conserve import identity
 from langchain_conserve.identity import Conversations
 
 
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run this folder's async tests in one event loop, and none of them from a recording.
 
     langchain-openai keeps one async client per address, and a client belongs to one loop.
-    ``vcr`` (of ``test_stream_time``, which skips itself) would write a file beside the test.
+    ``vcr`` (of ``test_stream_time``) would write a file beside the test.
     """
     here = Path(__file__).parent
     for item in items:
@@ -56,7 +56,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
         *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(langchain_conserve.chat_model, "_conversations", Conversations())
+    monkeypatch.setattr(identity, "known", Conversations())
     monkeypatch.setattr(logs, "_seen", set())
 
 

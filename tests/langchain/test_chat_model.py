@@ -182,7 +182,7 @@ def test_tagging_that_fails_never_breaks_the_call(
     def broken(*args: object, **kwargs: object) -> object:
         raise LookupError("LangChain moved it")
 
-    monkeypatch.setattr("langchain_conserve.chat_model._conversations.resolve", broken)
+    monkeypatch.setattr("langchain_conserve.identity.known.begin", broken)
     assert model.invoke("hi", THREAD).text == "hello"
     assert ids(server) == [None]
     assert "LangChain moved it" in caplog.text

@@ -95,7 +95,7 @@ def test_the_agent_answers_and_says_what_conserve_did(
     thread_id, _, rest = report.partition(": ")
     turns = int(rest.split()[0])
     assert turns >= 2
-    assert "decode d" in rest and "cached" in rest
+    assert "decode d" in rest and "cached" in rest and "J on all engines" in rest
     seen = Gateway(cluster).conversation(thread_id)
     assert (seen["state"], seen["turns"]) == ("ended", turns)
     assert seen["transfers"] <= 1

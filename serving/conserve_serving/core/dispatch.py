@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
+from math import inf
 from typing import Final
 
 from conserve_serving.core import ledger
@@ -329,6 +330,7 @@ class Dispatcher:
         if missing > engine.idle_tokens - host_free:
             return False  # what is idle and cannot be parked is not enough: the rest is running
         victims: list[ConversationState] = []
+        next_s = inf
         for idle in islice(engine.idle.values(), _DISPLACE):
             if missing <= 0:
                 break
@@ -336,13 +338,14 @@ class Dispatcher:
                 continue
             safe_until_s = idle.last_active_s + self._settings.protect_idle_s
             if safe_until_s > self.now_s:
-                if turn.recheck_s is None or turn.recheck_s <= self.now_s:
-                    turn.recheck_s = safe_until_s
-                    self.waiting.recheck(turn, safe_until_s)
-                return False
+                next_s = min(next_s, safe_until_s)
+                continue
             victims.append(idle)
             missing -= idle.resident
         if missing > 0:
+            if next_s < inf and (turn.recheck_s is None or turn.recheck_s <= self.now_s):
+                turn.recheck_s = next_s
+                self.waiting.recheck(turn, next_s)
             return False
         for victim in victims:
             self.release(victim, Reason.IDLE_DISPLACED)

@@ -177,6 +177,13 @@ class TurnAborted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConversationIdled:
+    """The conversation waits for a person rather than for a tool: its KV may be parked first."""
+
+    conversation: ConversationId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConversationEnded:
     """The conversation is over: its KV may be freed once its running turns have ended."""
 
@@ -199,6 +206,7 @@ Event = (
     | TurnFinished
     | TurnFailed
     | TurnAborted
+    | ConversationIdled
     | ConversationEnded
     | TimerFired
 )

@@ -6,8 +6,9 @@ Rules, kept by construction and checked by `check`:
   Amounts are whole pages.
 - A conversation's KV is on one engine, its *home*, on the device (`resident`) or parked in the
   home's host memory (`parked`), never both.
-- Only idle conversations are parked, the longest idle first, and only while the host tier has
-  room: parked KV is never dropped for another conversation's sake.
+- Only idle conversations are parked, those that wait for a person before those that wait for a
+  tool, the longest idle first among each, and only while the host tier has room: parked KV is
+  never dropped for another conversation's sake.
 - An engine cannot hold more than it has. When a turn turns out longer than reserved, room is made
   by parking; what still does not fit was not kept by the engine either, and is not booked.
 
@@ -234,7 +235,7 @@ def _choose(
     host_free = engine.host_capacity_tokens - engine.parked_tokens
     free = engine.free_tokens
     too_large = 0
-    for conversation in engine.idle.values():  # in the order they fell idle
+    for conversation in engine.idle.values():  # in the order in which they may go
         if free >= tokens or host_free <= 0 or too_large == _PARK_SCAN:
             break
         size = conversation.resident
@@ -247,6 +248,13 @@ def _choose(
         free += size
         victims.append(conversation)
     return victims, free
+
+
+def park_first(conversation: ConversationState) -> None:
+    """Put an idle conversation before all that are to be parked when room is needed."""
+    home = conversation.home
+    if home is not None and conversation.id in home.idle:
+        home.idle.move_to_end(conversation.id, last=False)
 
 
 def park(engine: EngineState, conversations: list[ConversationState]) -> None:

@@ -34,6 +34,7 @@ from conserve_serving.core.decisions import CloseTurn, Decision, Reject, WakeAt
 from conserve_serving.core.dispatch import Dispatcher
 from conserve_serving.core.events import (
     ConversationEnded,
+    ConversationIdled,
     EngineDraining,
     EngineJoined,
     EngineLost,
@@ -105,6 +106,7 @@ class Scheduler:
             TurnFinished: self._on_turn_finished,
             TurnFailed: self._on_turn_failed,
             TurnAborted: self._on_turn_aborted,
+            ConversationIdled: self._on_conversation_idled,
             ConversationEnded: self._on_conversation_ended,
             TimerFired: self._on_timer_fired,
         }
@@ -409,6 +411,13 @@ class Scheduler:
             self._dispatch(turn)
 
     # --- endings -----------------------------------------------------------------------------
+    def _on_conversation_idled(self, event: ConversationIdled) -> None:
+        conversation = self._conversations.get(event.conversation)
+        if conversation is None or conversation.live:
+            self._ignore(event)
+        else:
+            ledger.park_first(conversation)
+
     def _on_conversation_ended(self, event: ConversationEnded) -> None:
         conversation = self._conversations.get(event.conversation)
         if conversation is None:

@@ -107,6 +107,10 @@ class Admin:
             case ["GET", "conversations", id]:
                 found = self._find(headers, id)
                 return 200, found.describe(self._gateway.wall())
+            case ["POST", "conversations", id, "idle"]:
+                found = self._find(headers, id)
+                self._gateway.idle_conversation(found)
+                return 200, found.describe(self._gateway.wall())
             case ["DELETE", "conversations", id]:
                 found = self._find(headers, id)
                 self._gateway.end_conversation(found)

@@ -303,6 +303,7 @@ class Attempt:
         return turn_headers(
             conversation=conversation.id,
             source=turn.tags.source,
+            relation=turn.relation,
             turn_index=turn.index,
             prefill_engine=prefiller or place.decoder,
             decode_engine=place.decoder,

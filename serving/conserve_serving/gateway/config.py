@@ -2,6 +2,7 @@
 
     [gateway]     where to listen, limits, time-outs
     [identity]    where a conversation's id is looked for
+    [responses]   what the Responses API remembers
     [scheduler]   the policy and its settings
     [handoff]     how SGLang engines that `conserve` starts hand KV over
     [[tiers]]     groups of engines: prefillers and decoders; emulated, SGLang, or attached by URL
@@ -31,6 +32,7 @@ from conserve_serving.gateway.config_tiers import (
     default_tiers,
 )
 from conserve_serving.gateway.errors import ConfigError
+from conserve_serving.gateway.sources import DEFAULT_ORDER, expand
 
 
 class GatewaySection(Section):
@@ -129,19 +131,17 @@ class IdentitySection(Section):
     aliases: tuple[str, ...] = Field(
         default=(),
         strict=False,
-        description="further request headers that carry a conversation id; looked at right after "
-        "X-ConServe-Conversation-ID. X-Correlation-ID and X-Client-Request-ID are not looked at "
-        "unless listed here: in many clients they change with every request",
+        description="further request headers that carry a conversation id. X-Correlation-ID and "
+        "X-Client-Request-ID are not looked at unless listed here: in many clients they change "
+        "with every request",
     )
-    headers: bool = Field(
-        default=True, description="accept the headers of known agents and routers (docs: identity)"
+    order: tuple[str, ...] = Field(
+        default=DEFAULT_ORDER,
+        strict=False,
+        description="where an id is looked for after X-ConServe-Conversation-ID: groups (aliases, "
+        "routers, agents, generic, previous_response, body, baggage, lineage) and single sources "
+        "(header:<name>, body:<field>); what is not listed is not looked at",
     )
-    body: bool = Field(
-        default=True,
-        description="accept ids in the body: session_id, conversation, prompt_cache_key, "
-        "metadata.session_id …",
-    )
-    baggage: bool = Field(default=True, description="accept session.id in W3C baggage")
 
     @field_validator("aliases")
     @classmethod
@@ -149,14 +149,36 @@ class IdentitySection(Section):
         check_headers(aliases)
         return aliases
 
-    lineage: bool = Field(
-        default=True,
-        description="recognise a conversation without any id by the messages it repeats",
-    )
+    @field_validator("order")
+    @classmethod
+    def _known_sources(cls, order: tuple[str, ...]) -> tuple[str, ...]:
+        expand(order)
+        return order
+
     lineage_entries: int = Field(
         default=200_000,
         ge=1,
-        description="message chains remembered for that; oldest forgotten first",
+        description="prompts remembered to recognise conversations without an id by; oldest "
+        "forgotten first",
+    )
+
+
+class ResponsesSection(_Section):
+    """What the Responses API remembers, for ``previous_response_id`` and ``conversation``."""
+
+    ttl_s: float = Field(
+        default=86_400.0,
+        gt=0,
+        description="a stored response or conversation is forgotten this long after its last use",
+    )
+    max_stored: int = Field(
+        default=100_000, ge=0, description="responses and conversations stored at most"
+    )
+    max_stored_bytes: int = Field(
+        default=256 * 1024 * 1024,
+        ge=0,
+        description="bytes of stored responses and histories together, at most; those used "
+        "longest ago are forgotten first",
     )
 
 
@@ -235,6 +257,7 @@ class Config(Section):
 
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     identity: IdentitySection = Field(default_factory=IdentitySection)
+    responses: ResponsesSection = Field(default_factory=ResponsesSection)
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
     handoff: HandoffSection = Field(default_factory=HandoffSection)
     tiers: tuple[TierSection, ...] = Field(default_factory=default_tiers, strict=False)
@@ -259,6 +282,7 @@ class Setting:
 _SECTIONS: dict[str, type[Section]] = {
     "gateway": GatewaySection,
     "identity": IdentitySection,
+    "responses": ResponsesSection,
     "scheduler": SchedulerSection,
     "handoff": HandoffSection,
     "tiers": TierSection,

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from conserve_serving.core.types import Tier, TierMode
 from conserve_serving.engines.profile import load_profile
 from conserve_serving.engines.sglang.flags import STORE_KEYS, named_flags
+from conserve_serving.gateway.sources import HEADER_NAME
 
 if TYPE_CHECKING:
     from conserve_serving.gateway.config import Config
@@ -20,14 +21,12 @@ if TYPE_CHECKING:
 
 #: What an emulated engine runs when its tier names no profile.
 DEFAULT_PROFILE: Final = "a40-qwen3-0.6b"
-#: RFC 9110: a header's name is a token.
-_HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 def check_headers(names: Sequence[str]) -> None:
     """Names of request headers must be such."""
     for name in names:
-        if not _HEADER.fullmatch(name):
+        if not HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no header's name: letters, digits and hyphens")
 
 

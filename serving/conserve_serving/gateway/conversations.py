@@ -246,6 +246,11 @@ class Conversations:
         """The conversation of that scoped id, ended or not."""
         return self._all.get(key)
 
+    def is_running(self, key: ConversationId) -> bool:
+        """Whether a turn of that conversation is running."""
+        conversation = self._all.get(key)
+        return conversation is not None and conversation.running > 0
+
     def find(self, tenant: str, id: str) -> Conversation | None:
         """A tenant's conversation by its own id; of several models', the latest active."""
         keys = (scoped(tenant, model, id) for model in self._models)

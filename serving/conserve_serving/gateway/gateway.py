@@ -10,12 +10,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from conserve_serving.core.decisions import Park, Place, Release
-from conserve_serving.core.events import ConversationEnded
+from conserve_serving.core.events import ConversationEnded, ConversationIdled
 from conserve_serving.core.policies import Collocated, RoundRobin, make_policy
 from conserve_serving.core.scheduler import Scheduler
 from conserve_serving.core.types import Reason, Tier, TurnId
@@ -24,6 +25,7 @@ from conserve_serving.energy.sampler import Sampler
 from conserve_serving.engines.client import EngineClient
 from conserve_serving.engines.http import HttpPool
 from conserve_serving.engines.http_errors import EngineHttpError
+from conserve_serving.gateway.apis.store import ResponseStore
 from conserve_serving.gateway.config import Config
 from conserve_serving.gateway.conversations import Conversation, Conversations, Usage
 from conserve_serving.gateway.energy import EnergyBook
@@ -44,6 +46,7 @@ from conserve_serving.gateway.relay import Client
 from conserve_serving.gateway.request import TurnRequest
 from conserve_serving.gateway.runtime import Journal, ModelClock, Runtime
 from conserve_serving.gateway.sessions import Background, Sessions
+from conserve_serving.gateway.sources import LINEAGE, PREVIOUS_RESPONSE, expand
 from conserve_serving.gateway.turn import Turn
 
 _log = logging.getLogger("conserve.gateway")
@@ -75,6 +78,7 @@ class Gateway:
         settings, identity = config.gateway, config.identity
         self.config = config
         self.wall = wall
+        self.token = token
         self.started_s = wall()
         self.created_unix_s = int(time.time())
         self.draining = False
@@ -115,13 +119,16 @@ class Gateway:
             remember_turns=settings.remember_turns,
             on_forget=self._forgotten,
         )
-        self.identity = IdentityResolver(
-            aliases=identity.aliases,
-            headers=identity.headers,
-            body=identity.body,
-            baggage=identity.baggage,
+        self.identity = IdentityResolver(expand(identity.order, identity.aliases))
+        self._lineage: Lineage | None = None
+        if self.identity.lineage:
+            self._lineage = Lineage(identity.lineage_entries, self.conversations.is_running)
+        self.responses = ResponseStore(
+            clock=wall,
+            ttl_s=config.responses.ttl_s,
+            max_entries=config.responses.max_stored,
+            max_bytes=config.responses.max_stored_bytes,
         )
-        self._lineage = Lineage(identity.lineage_entries) if identity.lineage else None
         self.signer = PlacementSigner((settings.placement_key or token()).encode())
         self._boot = token()[:8]
         self._turn_number = 0
@@ -197,11 +204,16 @@ class Gateway:
             ApiError: draining, no engine, unknown model, or an illegal id.
         """
         self.check_model(request.model)
-        tags = self.identity.resolve(headers, request.identity)
-        conversation, relation = self._identify(request, tags)
+        original = request.original
+        tags = self.identity.resolve(
+            headers,
+            request.identity,
+            previous=None if original is None else original.continues,
+        )
+        mark, kept_bytes = PrefixMark(request), 0
+        conversation, relation = self._identify(request, tags, mark)
         if tags.turn_index is not None and conversation.is_new:
             conversation.turns = tags.turn_index - 1  # it lived before this gateway did
-        mark, kept_bytes = PrefixMark(request), 0
         if conversation.mark is not None:
             relation, kept_bytes = conversation.mark.compare(mark, request)
         self.metrics.identity[tags.source] += 1
@@ -253,33 +265,37 @@ class Gateway:
             retry_after_s=self.config.gateway.health_interval_s,
         )
 
-    def _identify(self, request: TurnRequest, tags: Tags) -> tuple[Conversation, Relation]:
+    def _identify(
+        self, request: TurnRequest, tags: Tags, mark: PrefixMark
+    ) -> tuple[Conversation, Relation]:
         """The turn's conversation, and what its messages alone say of it."""
-        if tags.conversation is not None:
-            conversation = self.conversations.open(
-                tags.conversation, tags, model=request.model, source=tags.source
-            )
-            return conversation, Relation.NEW
-        tags.source = "none"
-        id, relation, chain = self.conversations.new_id(), Relation.NEW, None
-        if self._lineage is not None:
-            tags.source = "lineage"
-            match = self._lineage.match(request, salt=f"{tags.tenant}\0{request.model}")
-            chain, relation = match.chain, match.relation
-            known = (
-                None if match.conversation is None else self.conversations.get(match.conversation)
-            )
-            if known is None or known.ended:
-                relation = Relation.NEW
-            elif relation is Relation.FORK or (relation is Relation.REPLAY and known.running):
-                # The same words at the same time are another conversation, not a retry.
-                relation, tags.parent = Relation.FORK, tags.parent or known.id
-            else:
-                id = known.id
-        conversation = self.conversations.open(id, tags, model=request.model, source=tags.source)
-        if self._lineage is not None and chain is not None:
-            self._lineage.remember(conversation.key, chain)
+        id, relation = tags.conversation, Relation.NEW
+        if id is not None:
+            branches = request.original is not None and request.original.branches
+            if branches and tags.source == PREVIOUS_RESPONSE:
+                tags.parent, id, relation = id, self.conversations.new_id(), Relation.FORK
+            return self._open(id, request, tags), relation
+        if self._lineage is None:
+            tags.source = "none"
+            return self._open(self.conversations.new_id(), request, tags), relation
+        tags.source = LINEAGE
+        match = self._lineage.match(request, mark, salt=f"{tags.tenant}\0{request.model}")
+        relation = match.relation
+        known = None if match.conversation is None else self.conversations.get(match.conversation)
+        if known is None or known.ended:
+            id, relation = self.conversations.new_id(), Relation.NEW
+        elif relation is Relation.FORK or (relation is Relation.REPLAY and known.running):
+            # The same words at the same time are another conversation, not a retry.
+            id, relation = self.conversations.new_id(), Relation.FORK
+            tags.parent = tags.parent or known.id
+        else:
+            id = known.id
+        conversation = self._open(id, request, tags)
+        self._lineage.remember(conversation.key, match)
         return conversation, relation
+
+    def _open(self, id: str, request: TurnRequest, tags: Tags) -> Conversation:
+        return self.conversations.open(id, tags, model=request.model, source=tags.source)
 
     def note_finished(self, turn: Turn, place: Place, usage: Usage, cached_tokens: int) -> None:
         """A turn finished: remember what its conversation is now, check its cached tokens."""
@@ -314,7 +330,16 @@ class Gateway:
         """Whether a first turn's exact token ids may be needed."""
         return self._hands_over and bool(self.fleet.serving(Tier.PREFILL))
 
+    @property
+    def lineage_prompts(self) -> int:
+        """Prompts remembered to recognise conversations without an id by."""
+        return 0 if self._lineage is None else len(self._lineage)
+
     # --- conversations -----------------------------------------------------------------------
+    def idle_conversation(self, conversation: Conversation) -> None:
+        """Its agent has answered and waits for a person: others wait for tools meanwhile."""
+        self.runtime.handle(ConversationIdled(conversation=conversation.key))
+
     def end_conversation(self, conversation: Conversation) -> None:
         """A conversation is over: its KV is freed once its running turns have ended."""
         self.conversations.end(conversation)
@@ -373,6 +398,10 @@ class Gateway:
                 "created": self.created_unix_s,
                 "owned_by": "conserve",
                 "max_model_len": max(limits, default=None),
+                # What Anthropic's clients look for beside it.
+                "type": "model",
+                "display_name": served,
+                "created_at": datetime.fromtimestamp(self.created_unix_s, UTC).isoformat(),
             }
         ]
 

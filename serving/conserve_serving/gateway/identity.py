@@ -1,21 +1,16 @@
 """Which conversation a request belongs to, from what any client already sends.
 
-Looked at in this order; the first that is there wins:
+``X-ConServe-Conversation-ID`` (must be legal) always comes first; what follows, and in which order,
+says ``identity.order`` (see ``sources``). The first source that names something wins.
 
-1. ``X-ConServe-Conversation-ID`` (must be legal), then the aliases of the configuration
-2. headers of known routers and agents, then generic session headers
-3. fields of the body
-4. W3C ``baggage`` ``session.id``
-5. nothing: the caller falls back to message lineage
-
-``user`` and ``safety_identifier`` are never used: they name people, not conversations. Ids of
-others that are too long or not printable are hashed; ids are scoped by tenant and model.
+Ids of others that are too long or not printable are hashed; ids are scoped by tenant and model.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import unquote
@@ -26,38 +21,33 @@ from msgspec import Raw
 from conserve_agents import wire
 from conserve_serving.core.types import ConversationId
 from conserve_serving.gateway.errors import InvalidRequestError
+from conserve_serving.gateway.sources import (
+    BAGGAGE,
+    BODY,
+    DEFAULT_ORDER,
+    HEADER,
+    LINEAGE,
+    PREVIOUS_RESPONSE,
+    expand,
+)
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-#: Headers of routers, agents and gateways in use, in the order they are believed. Not among them:
-#: X-Correlation-ID and X-Client-Request-ID, which many clients make anew for every request.
-KNOWN_HEADERS: Final = (
-    "x-dynamo-session-id",
-    "x-smg-routing-key",
-    "x-claude-code-session-id",
-    "session-id",
-    "session_id",
-    "thread-id",
-    "thread_id",
-    "x-session-affinity",
-    "x-opencode-session",
-    "x-amp-thread-id",
-    "x-grok-conv-id",
-    "x-session-id",
-    "x-litellm-session-id",
-    "x-litellm-trace-id",
-    "helicone-session-id",
-    "agent-session-id",
-)
-#: A sub-agent's own id, which goes with its session's header.
-_SUB_AGENT: Final = b"x-claude-code-agent-id"
+#: A sub-agent's own id and its parent's, which go with their session's header.
+_CLAUDE_SESSION: Final = "header:x-claude-code-session-id"
+_CLAUDE_AGENT: Final = b"x-claude-code-agent-id"
+_CLAUDE_PARENT: Final = b"x-claude-code-parent-agent-id"
+#: What names the parent of a conversation, in the order it is believed.
 _PARENTS: Final = (
-    "x-dynamo-parent-session-id",
-    "x-codex-parent-thread-id",
-    "x-parent-session-id",
+    b"x-dynamo-parent-session-id",
+    b"x-codex-parent-thread-id",
+    b"x-parent-session-id",
 )
+#: Claude Code names its session within its user's id, as text or as JSON.
+_SESSION_OF_USER: Final = re.compile(r"_session_([0-9A-Za-z-]{8,})\Z")
 _BAGGAGE: Final = b"baggage"
 _AUTH: Final = (b"authorization", b"api-key", b"x-api-key")
+_BEARER: Final = b"bearer "
 _MAX_TENANTS: Final = 10_000
 
 
@@ -83,7 +73,7 @@ class Tags:
     Attributes:
         tenant: short hash of the credentials, ``""`` without any.
         conversation: its id, legal; None when nothing named one.
-        source: what named it: ``conserve``, ``header:<name>``, ``body:<field>``, ``baggage``.
+        source: what named it: ``conserve`` or a source of ``sources``.
     """
 
     tenant: str = ""
@@ -112,24 +102,24 @@ class IdentityResolver:
     """Reads `Tags` from headers and body.
 
     Args:
-        aliases: further headers that carry a conversation id, believed before the known ones.
-        headers, body, baggage: which places are looked at beside ``X-ConServe-*``.
+        sources: single sources in the order they are believed (see ``sources.expand``).
+
+    Attributes:
+        lineage: whether a request that nothing names is looked up by its messages.
     """
 
-    def __init__(
-        self,
-        *,
-        aliases: Iterable[str] = (),
-        headers: bool = True,
-        body: bool = True,
-        baggage: bool = True,
-    ) -> None:
-        names = [*aliases, *(KNOWN_HEADERS if headers else ())]
-        self._rank = {_key(name): (rank, name.lower()) for rank, name in enumerate(names)}
-        self._parents = {_key(name) for name in _PARENTS} if headers else set()
-        self._headers = headers
-        self._body = body
-        self._baggage = baggage
+    def __init__(self, sources: Sequence[str] = tuple(expand(DEFAULT_ORDER))) -> None:
+        self._rank: dict[bytes, tuple[int, str]] = {}
+        self._others: list[tuple[int, str]] = []
+        for rank, source in enumerate(sources):
+            if source.startswith(HEADER):
+                self._rank[_key(source.removeprefix(HEADER))] = (rank, source)
+            elif source != LINEAGE:
+                self._others.append((rank, source))
+        self._last = len(sources)
+        self.lineage = LINEAGE in sources
+        self._parents = _PARENTS if self._rank else ()
+        self._takes_final = b"x-dynamo-session-id" in self._rank
         self._tenants: dict[bytes, str] = {}
 
     def tenant(self, headers: Headers) -> str:
@@ -139,54 +129,92 @@ class IdentityResolver:
                 return self._tenant(value)
         return ""
 
-    def resolve(self, headers: Headers, body_fields: Callable[[], dict[str, Raw]]) -> Tags:
+    def resolve(
+        self,
+        headers: Headers,
+        body_fields: Callable[[], dict[str, Raw]],
+        *,
+        previous: str | None = None,
+    ) -> Tags:
         """Read everything the request says about its conversation.
 
         Args:
             headers: request headers, names in lower case.
             body_fields: gives the body's identity fields, raw; asked only if it comes to them.
+            previous: the conversation of the response that this one continues, if it names one.
 
         Raises:
             InvalidRequestError: one of our own headers is illegal.
         """
         tags = Tags()
-        best = len(self._rank)
-        other = agent = other_parent = baggage = b""
-        other_name = ""
+        best, other, source = self._last, b"", ""
+        agent = agent_parent = baggage = b""
+        parents: dict[bytes, bytes] = {}
         ranks = self._rank
         for name, value in headers:
             if name.startswith(b"x-conserve-"):
                 self._own(tags, name, value)
-            elif name in ranks:
-                rank, text = ranks[name]
+                continue
+            if name in ranks:
+                rank, label = ranks[name]
                 if rank < best and value.strip():
-                    best, other, other_name = rank, value, text
-            elif name in _AUTH:
+                    best, other, source = rank, value, label
+            if name in _AUTH:
                 if value and not tags.tenant:
                     tags.tenant = self._tenant(value)
             elif name == _BAGGAGE:
                 baggage = value
             elif name in self._parents:
-                other_parent = value
-            elif self._headers and name == _SUB_AGENT:
-                agent = value
-            elif self._headers and name == _DYNAMO_FINAL:
-                tags.final = value.strip().lower() in (b"1", b"true")
-        if tags.conversation is None and other:
-            tags.conversation = _legal(other)
-            tags.source = f"header:{other_name}"
-            if agent.strip() and other_name == "x-claude-code-session-id":
-                tags.parent = tags.parent or tags.conversation
-                tags.conversation = _legal(other.strip() + b"/" + agent.strip())
-        if tags.parent is None and other_parent.strip():
-            tags.parent = _legal(other_parent)
-        if tags.conversation is None and self._body:
-            self._from_body(tags, body_fields())
-        if tags.conversation is None and self._baggage and baggage:
-            self._from_baggage(tags, baggage)
+                parents[name] = value.strip()
+            elif name == _CLAUDE_AGENT:
+                agent = value.strip()
+            elif name == _CLAUDE_PARENT:
+                agent_parent = value.strip()
+            elif name == _DYNAMO_FINAL and self._takes_final:
+                tags.final = tags.final or value.strip().lower() in (b"1", b"true")
+        if tags.conversation is None:
+            self._named(tags, best, body_fields, baggage, previous)
+            if tags.conversation is None and other:
+                tags.conversation, tags.source = _legal(other), source
+                if source == _CLAUDE_SESSION and agent:
+                    self._sub_agent(tags, other.strip(), agent, agent_parent)
+        if tags.parent is None:
+            tags.parent = next((_legal(parents[p]) for p in self._parents if parents.get(p)), None)
         if tags.parent == tags.conversation:
             tags.parent = None
         return tags
+
+    def _named(
+        self,
+        tags: Tags,
+        best: int,
+        body_fields: Callable[[], dict[str, Raw]],
+        baggage: bytes,
+        previous: str | None,
+    ) -> None:
+        """Look at what stands before the best header that was found."""
+        fields: dict[str, Raw] | None = None
+        for rank, source in self._others:
+            if rank > best:
+                return
+            found: tuple[str, str] | None = None
+            if source == PREVIOUS_RESPONSE:
+                found = None if previous is None else (previous, source)
+            elif source == BAGGAGE:
+                found = _in_baggage(baggage)
+            else:
+                fields = body_fields() if fields is None else fields
+                name = source.removeprefix(BODY)
+                found = _in_body(name, fields[name]) if name in fields else None
+            if found is not None:
+                tags.conversation, tags.source = found
+                return
+
+    def _sub_agent(self, tags: Tags, session: bytes, agent: bytes, parent: bytes) -> None:
+        """Claude Code's sub-agents share their session's id; each is a conversation of its own."""
+        if tags.parent is None:
+            tags.parent = _legal(session + b"/" + parent if parent else session)
+        tags.conversation = _legal(session + b"/" + agent)
 
     def _own(self, tags: Tags, name: bytes, value: bytes) -> None:
         text = value.decode("latin-1").strip()
@@ -214,35 +242,9 @@ class IdentityResolver:
         elif name == FINAL:
             tags.final = text.lower() in ("1", "true")
 
-    def _from_body(self, tags: Tags, fields: dict[str, Raw]) -> None:
-        for name, raw in fields.items():
-            try:
-                value: Any = msgspec.json.decode(raw)
-            except msgspec.DecodeError:  # the body as a whole was decoded before: cannot happen
-                continue
-            label = name
-            if isinstance(value, dict):
-                inner = {"session_params": "id", "conversation": "id", "metadata": "session_id"}
-                if name not in inner:
-                    continue
-                label = f"{name}.{inner[name]}"
-                value = value.get(inner[name]) or (
-                    value.get("session_id") if name == "session_params" else None
-                )
-            if isinstance(value, str) and value:
-                tags.conversation = wire.safe_id(value)
-                tags.source = f"body:{label}"
-                return
-
-    def _from_baggage(self, tags: Tags, baggage: bytes) -> None:
-        for member in baggage.decode("latin-1").split(","):
-            name, _, value = member.partition(";")[0].partition("=")
-            if name.strip() == "session.id" and value.strip():
-                tags.conversation = wire.safe_id(unquote(value.strip()))
-                tags.source = "baggage"
-                return
-
     def _tenant(self, credentials: bytes) -> str:
+        if credentials[: len(_BEARER)].lower() == _BEARER:  # the same key as in X-API-Key
+            credentials = credentials[len(_BEARER) :].strip()
         tenant = self._tenants.get(credentials)
         if tenant is None:
             if len(self._tenants) >= _MAX_TENANTS:
@@ -250,6 +252,57 @@ class IdentityResolver:
             tenant = hashlib.blake2b(credentials, digest_size=8, person=b"conserve").hexdigest()
             self._tenants[credentials] = tenant
         return tenant
+
+
+def _in_body(field: str, raw: Raw) -> tuple[str, str] | None:
+    """An id in one field of the body, and what to call where it was."""
+    try:
+        value: Any = msgspec.json.decode(raw)
+    except msgspec.DecodeError:  # the body as a whole was decoded before: cannot happen
+        return None
+    label = BODY + field
+    if isinstance(value, dict):
+        if field == "metadata":
+            return _in_metadata(value)
+        for inner in {"session_params": ("id", "session_id"), "conversation": ("id",)}.get(
+            field, ()
+        ):
+            if isinstance(id := value.get(inner), str) and id:
+                return wire.safe_id(id), f"{label}.{inner}"
+        return None
+    return (wire.safe_id(value), label) if isinstance(value, str) and value else None
+
+
+def _in_metadata(metadata: dict[str, Any]) -> tuple[str, str] | None:
+    session = metadata.get("session_id")
+    if isinstance(session, str) and session:
+        return wire.safe_id(session), "body:metadata.session_id"
+    user = metadata.get("user_id")
+    if not isinstance(user, str):
+        return None
+    named = _SESSION_OF_USER.search(user)
+    if named is not None:
+        return named[1], "body:metadata.user_id"
+    if user.startswith("{"):
+        try:
+            inner = msgspec.json.decode(user, type=_UserId)
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        if inner.session_id:
+            return wire.safe_id(inner.session_id), "body:metadata.user_id"
+    return None  # a person's, not a conversation's
+
+
+class _UserId(msgspec.Struct):
+    session_id: str = ""
+
+
+def _in_baggage(baggage: bytes) -> tuple[str, str] | None:
+    for member in baggage.decode("latin-1").split(","):
+        name, _, value = member.partition(";")[0].partition("=")
+        if name.strip() == "session.id" and value.strip():
+            return wire.safe_id(unquote(value.strip())), BAGGAGE
+    return None
 
 
 def _legal(value: bytes) -> str:

@@ -43,6 +43,7 @@ def _line(name: str, value: str) -> str:
 _CONVERSATION: Final = (
     _line(wire.CONVERSATION_ID, "%b")
     + _line(wire.IDENTITY_SOURCE, "%b")
+    + _line(wire.RELATION, "%b")
     + _line(wire.TURN_INDEX, "%d")
 ).encode()
 _TURN: Final = (
@@ -83,6 +84,7 @@ def turn_headers(
     *,
     conversation: str,
     source: str,
+    relation: str,
     turn_index: int,
     prefill_engine: str,
     decode_engine: str,
@@ -95,6 +97,7 @@ def turn_headers(
     return _TURN % (
         conversation.encode("ascii"),
         source.encode("ascii", "replace"),
+        relation.encode("ascii"),
         turn_index,
         prefill_engine.encode("ascii", "replace"),
         decode_engine.encode("ascii", "replace"),
@@ -105,11 +108,14 @@ def turn_headers(
     )
 
 
-def conversation_headers(*, conversation: str, source: str, turn_index: int) -> bytes:
+def conversation_headers(
+    *, conversation: str, source: str, relation: str, turn_index: int
+) -> bytes:
     """The same, for a turn that was not placed."""
     return _CONVERSATION % (
         conversation.encode("ascii"),
         source.encode("ascii", "replace"),
+        relation.encode("ascii"),
         turn_index,
     )
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from conserve_serving.gateway.errors import InvalidRequestError
+
+_T = TypeVar("_T")
 
 #: Bytes of JSON per prompt token, until a conversation's own ratio has been observed.
 DEFAULT_BYTES_PER_TOKEN: Final = 4.0
@@ -27,8 +29,26 @@ class Api(enum.Enum):
     COMPLETIONS = "/v1/completions"
 
 
-class _Body(msgspec.Struct):
-    """What is read of a request body. Identity fields are checked where they are used."""
+class IdentityFields(msgspec.Struct):
+    """Fields that may carry a conversation id, of any API. Checked where they are used."""
+
+    session_id: Raw | UnsetType = UNSET
+    session_params: Raw | UnsetType = UNSET
+    conversation: Raw | UnsetType = UNSET
+    conversation_id: Raw | UnsetType = UNSET
+    prompt_cache_key: Raw | UnsetType = UNSET
+    metadata: Raw | UnsetType = UNSET
+    litellm_session_id: Raw | UnsetType = UNSET
+
+    def identity(self) -> dict[str, Raw]:
+        """Those that are there, raw."""
+        return {
+            name: value for name in IDENTITY_FIELDS if isinstance(value := getattr(self, name), Raw)
+        }
+
+
+class _Body(IdentityFields):
+    """What is read of a request body."""
 
     model: str | None = None
     stream: bool | None = None
@@ -39,13 +59,6 @@ class _Body(msgspec.Struct):
     prompt: Raw | UnsetType = UNSET
     tools: Raw | UnsetType = UNSET
     n: int | None = None
-    session_id: Raw | UnsetType = UNSET
-    session_params: Raw | UnsetType = UNSET
-    conversation: Raw | UnsetType = UNSET
-    conversation_id: Raw | UnsetType = UNSET
-    prompt_cache_key: Raw | UnsetType = UNSET
-    metadata: Raw | UnsetType = UNSET
-    litellm_session_id: Raw | UnsetType = UNSET
 
 
 _DECODER: Final = msgspec.json.Decoder(_Body)
@@ -59,6 +72,23 @@ _HEAD_BYTES: Final = 64
 _TOKEN_IDS: Final = re.compile(rb"\s*\[\s*[-\d]")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """A request of another API, as far as its translation does not tell.
+
+    Attributes:
+        prompt_field: its field that holds the prompt.
+        identity: its fields that may carry a conversation id, raw.
+        continues: the conversation of the response it continues, where it names one.
+        branches: that response has been continued already: this is a fork.
+    """
+
+    prompt_field: str
+    identity: dict[str, Raw]
+    continues: str | None = None
+    branches: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class TurnRequest:
     """One turn as it was asked for.
@@ -68,6 +98,7 @@ class TurnRequest:
         tools: raw JSON of the tools, empty when there are none.
         token_ids: the prompt's token ids, where it was given as such.
         unwrapped: the prompt was the only one of a list; ``content`` is the prompt itself.
+        original: what is known of a request that was translated into this one.
         include_usage: the client itself asked for the usage event of a stream.
         stream_options: the client's own, as a mapping.
     """
@@ -84,10 +115,13 @@ class TurnRequest:
     token_ids: list[int] | None
     unwrapped: bool
     _parsed: _Body
+    original: Original | None = None
 
     @property
     def prompt_field(self) -> str:
         """The field that holds the prompt."""
+        if self.original is not None:
+            return self.original.prompt_field
         return "messages" if self.api is Api.CHAT else "prompt"
 
     @property
@@ -97,15 +131,37 @@ class TurnRequest:
 
     def identity(self) -> dict[str, Raw]:
         """Fields of the body that may carry a conversation id, raw."""
-        return {
-            name: value
-            for name in IDENTITY_FIELDS
-            if isinstance(value := getattr(self._parsed, name), Raw)
-        }
+        if self.original is not None:
+            return self.original.identity
+        return self._parsed.identity()
 
     def messages(self) -> list[Raw]:
         """The messages, each as raw JSON. Only of chat requests."""
         return _MESSAGES.decode(self.content)
+
+
+def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[_T]) -> _T:
+    """Decode a request body.
+
+    Raises:
+        InvalidRequestError: not JSON, not UTF-8, or a field of the wrong type; names the field.
+    """
+    try:
+        parsed = decoder.decode(body)
+        if not body.isascii():
+            body.decode()  # what the decoder left raw goes on to an engine
+    except msgspec.ValidationError as error:
+        raise wrong_type(error) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"the request body is not valid UTF-8: {error.reason} at byte {error.start}",
+            code="invalid_json",
+        ) from error
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(
+            f"the request body is not valid JSON: {error}", code="invalid_json"
+        ) from error
+    return parsed
 
 
 def parse_turn(api: Api, body: bytes | bytearray) -> TurnRequest:
@@ -118,21 +174,7 @@ def parse_turn(api: Api, body: bytes | bytearray) -> TurnRequest:
     Raises:
         InvalidRequestError: not JSON, a field of the wrong type or missing; names the field.
     """
-    try:
-        parsed = _DECODER.decode(body)
-        if not body.isascii():
-            body.decode()  # what the decoder left raw goes on to an engine
-    except msgspec.ValidationError as error:
-        raise _wrong_type(error) from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"the request body is not valid UTF-8: {error.reason} at byte {error.start}",
-            code="invalid_json",
-        ) from error
-    except msgspec.DecodeError as error:
-        raise InvalidRequestError(
-            f"the request body is not valid JSON: {error}", code="invalid_json"
-        ) from error
+    parsed = decode_body(body, _DECODER)
     if not parsed.model:
         raise InvalidRequestError("model is missing: name the served model", param="model")
     content, token_ids = _content(api, parsed)
@@ -228,11 +270,14 @@ def _stream_options(raw: Raw | UnsetType) -> dict[str, Any] | None:
     return options
 
 
-def _wrong_type(error: msgspec.ValidationError) -> InvalidRequestError:
+def wrong_type(error: msgspec.ValidationError, where: str = "") -> InvalidRequestError:
+    """The error for a field of the wrong type; ``where`` is the place of what was decoded."""
     text = str(error)
     found = _FIELD.search(text)
-    field = found.group(1) if found else None
+    field = found.group(1) if found else ""
     detail = _FIELD.sub("", text)
+    if where:
+        field = f"{where}.{field}".rstrip(".").replace(".[", "[")
     if not field:
         return InvalidRequestError(f"the request body must be a JSON object: {detail}")
     return InvalidRequestError(f"{field}: {detail}", param=field)

@@ -37,7 +37,7 @@ from conserve_serving.gateway.handover import tokenize
 from conserve_serving.gateway.identity import Tags, scoped
 from conserve_serving.gateway.lineage import PrefixMark, Relation
 from conserve_serving.gateway.relay import Client, conversation_headers
-from conserve_serving.gateway.request import Api, TurnRequest
+from conserve_serving.gateway.request import TurnRequest
 
 if TYPE_CHECKING:
     from conserve_serving.gateway.gateway import Gateway
@@ -91,7 +91,7 @@ class Turn:
         self.arrived_s = arrived_s
         self.waited_s = 0.0
         self.energy = Tally(conversation.energy)
-        self._relation = relation
+        self.relation = relation
         self._kept_bytes = kept_bytes
         self._ttft_s: float | None = None
         self._place: Place | None = None
@@ -101,6 +101,7 @@ class Turn:
         self._interrupted = False
         self._gone = False
         self._noted = False
+        self._concluded = False
         self._outcome = Outcome.FAILED
         self._last_error: ApiError | None = None
         self.task: asyncio.Task[None] | None = None
@@ -108,10 +109,16 @@ class Turn:
     # --- called from outside -----------------------------------------------------------------
     def start(self) -> asyncio.Task[None]:
         """Run the turn; the task ends when the client has its answer or has left."""
+        self.conversation.running += 1  # at once: the next request may be this one's twin
         self.task = asyncio.create_task(self._run())
-        # Not in the task itself: one cancelled before its first step never runs.
-        self.task.add_done_callback(lambda _: self.gateway.forget_turn(self))
+        self.task.add_done_callback(self._over)
         return self.task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        del task
+        if not self._concluded:  # cancelled before its first step: it never ran
+            self._conclude()
+        self.gateway.forget_turn(self)
 
     def deliver(self, decision: Place | Hold | Reject | CloseTurn) -> None:
         """Take a decision in (see ``runtime.Inbox``)."""
@@ -187,8 +194,7 @@ class Turn:
 
     # --- the whole life ----------------------------------------------------------------------
     async def _run(self) -> None:
-        conversation, gateway = self.conversation, self.gateway
-        conversation.running += 1
+        gateway = self.gateway
         try:
             await self._serve()
         except ApiError as error:
@@ -261,9 +267,9 @@ class Turn:
                 conversation.turns = hint.turns
                 conversation.transfers = hint.transfers
                 conversation.turn_ids = None
-                self.index = conversation.turn_index(tags.turn_id, self._relation)
+                self.index = conversation.turn_index(tags.turn_id, self.relation)
         reusable = None
-        if self._relation is Relation.REWRITE:
+        if self.relation is Relation.REWRITE:
             reusable = int(self._kept_bytes / conversation.bytes_per_token)
         parent = tags.parent
         return TurnArrived(
@@ -339,7 +345,7 @@ class Turn:
             return ContextLengthError(
                 f"the prompt of about {self.prompt_tokens} tokens is longer than any decoder can "
                 "hold: shorten it",
-                param="messages" if self.request.api is Api.CHAT else "prompt",
+                param=self.request.prompt_field,
             )
         if reason is Reason.NO_ENGINE:
             text = "no engine is alive: try again later"
@@ -359,12 +365,16 @@ class Turn:
         body = error.body()
         headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
         block = conversation_headers(
-            conversation=self.conversation.id, source=self.tags.source, turn_index=self.index
+            conversation=self.conversation.id,
+            source=self.tags.source,
+            relation=self.relation,
+            turn_index=self.index,
         )
         self.client.start(error.status, headers, block)
         self.client.finish(body)
 
     def _conclude(self) -> None:
+        self._concluded = True
         conversation, gateway = self.conversation, self.gateway
         conversation.running -= 1
         if not conversation.running:
