@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ _QUIET = {
     "CREWAI_TRACING_ENABLED": "false",
     "OTEL_SDK_DISABLED": "true",
 }
-os.environ.update(_QUIET)
+if importlib.util.find_spec("crewai"):  # elsewhere other tests want their telemetry
+    os.environ.update(_QUIET)
 crewai = pytest.importorskip("crewai", reason="only where crewai is installed")
 
 

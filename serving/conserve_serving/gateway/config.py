@@ -163,7 +163,7 @@ class IdentitySection(Section):
     )
 
 
-class ResponsesSection(_Section):
+class ResponsesSection(Section):
     """What the Responses API remembers, for ``previous_response_id`` and ``conversation``."""
 
     ttl_s: float = Field(

@@ -5,7 +5,6 @@ Each function raises ``ValueError`` with a message that names the keys and the r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
