@@ -201,7 +201,6 @@ def store_config(engine: SglangEngine, store: StoreSettings) -> dict[str, object
         "module_path": _STORE_MODULE,
         "class_name": _STORE_CLASS,
         "interface_v1": 1,
-        "hicache_storage_pass_prefix_keys": True,
         # A hit shorter than a page is none, and SGLang takes whole pages only.
         "prefetch_threshold": max(engine.page_tokens, store.prefetch_threshold_tokens),
         "role": engine.role,
@@ -219,8 +218,7 @@ def store_config(engine: SglangEngine, store: StoreSettings) -> dict[str, object
 #: Keys of the store's configuration that settings of their own decide.
 STORE_KEYS: Final = frozenset(
     {"backend_name", "module_path", "class_name", "interface_v1", "role", "engine", "transport"}
-    | {"hicache_storage_pass_prefix_keys", "prefetch_threshold", "path", "ack_url"}
-    | {"max_bytes", "max_age_s"}
+    | {"prefetch_threshold", "path", "ack_url", "max_bytes", "max_age_s"}
 )
 
 
