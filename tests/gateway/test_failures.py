@@ -460,13 +460,13 @@ async def test_prefiller_killed_in_prefill(make_cluster: Any, long_text: str) ->
 
 
 # --- clients that leave ----------------------------------------------------------------------
-async def _leave(cluster: Any, body: dict[str, Any], until: Any) -> None:
+async def _leave(cluster: Any, body: dict[str, Any], until: Any, path: str = CHAT) -> None:
     """Send a request and close the connection once ``until`` is done."""
     reader, writer = await asyncio.open_connection("127.0.0.1", cluster.server.port)
     data = json.dumps(body).encode()
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx-conserve-conversation-id: gone\r\n"
-        b"content-length: %d\r\n\r\n" % len(data) + data
+        b"POST %s HTTP/1.1\r\nhost: a\r\nx-conserve-conversation-id: gone\r\n"
+        b"content-length: %d\r\n\r\n" % (path.encode(), len(data)) + data
     )
     await until
     writer.close()
@@ -506,6 +506,21 @@ async def test_client_leaves_before_the_first_token(
     counters = (await cluster.ask("GET", "/conserve/v1/cluster")).json()["counters"]
     assert counters["turns_by_outcome"] == {"aborted": 1}
     assert counters["client_aborts"] == 1
+    cluster.settled()
+
+
+async def test_every_prompt_of_several_is_aborted(make_cluster: Any, reply: Any) -> None:
+    """SGLang numbers the parts of such a request, and knows the whole by no name."""
+    cluster = await make_cluster(prefillers=0, decoders=1)
+    decoder = cluster.decoders[0]
+    decoder.replies.append(reply(before=asyncio.Event()))
+    path = "/v1/completions"
+    await _leave(cluster, {"model": decoder.model, "prompt": ["a", "b"]}, decoder.until(path), path)
+    await cluster.until(lambda: len(decoder.bodies("/abort_request")) == 2)
+    (asked,) = decoder.bodies(path)
+    aborted = {body["rid"] for body in decoder.bodies("/abort_request")}
+    assert aborted == {f"{asked['rid']}_0", f"{asked['rid']}_1"}
+    await _all_turns_over(cluster)
     cluster.settled()
 
 

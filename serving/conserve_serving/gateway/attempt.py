@@ -134,7 +134,13 @@ class Attempt:
                 if response is not None:
                     response.close()
                 if not self.finished:
-                    gateway.abort_upstream(decoder, self._rid)
+                    self._abort()
+
+    def _abort(self) -> None:
+        """Stop the request; SGLang numbers the parts of one that has several prompts."""
+        count, rid = self._turn.request.prompts, self._rid
+        for one in [rid] if count == 1 else [f"{rid}_{number}" for number in range(count)]:
+            self._turn.gateway.abort_upstream(self.decoder, one)
 
     def _expected_cached_tokens(self) -> int:
         """Whole pages of the prompt that the decoder should find, and never all of it."""

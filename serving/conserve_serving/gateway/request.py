@@ -129,6 +129,13 @@ class TurnRequest:
         """Completions asked for; at least 1."""
         return max(1, self._parsed.n or 1)
 
+    @property
+    def prompts(self) -> int:
+        """Prompts in the body: ``/v1/completions`` takes several at once."""
+        if self.api is Api.CHAT or self.token_ids is not None or self.content[:1] != b"[":
+            return 1
+        return len(msgspec.json.decode(self.content))
+
     def identity(self) -> dict[str, Raw]:
         """Fields of the body that may carry a conversation id, raw."""
         if self.original is not None:
