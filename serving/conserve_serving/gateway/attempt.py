@@ -137,10 +137,9 @@ class Attempt:
                     self._abort()
 
     def _abort(self) -> None:
-        """Stop the request; SGLang numbers the parts of one that has several prompts."""
-        count, rid = self._turn.request.prompts, self._rid
-        for one in [rid] if count == 1 else [f"{rid}_{number}" for number in range(count)]:
-            self._turn.gateway.abort_upstream(self.decoder, one)
+        """Stop the request; of one whose prompt came in a list SGLang numbers the parts."""
+        rid = f"{self._rid}_0" if self._turn.request.unwrapped else self._rid
+        self._turn.gateway.abort_upstream(self.decoder, rid)
 
     def _expected_cached_tokens(self) -> int:
         """Whole pages of the prompt that the decoder should find, and never all of it."""
