@@ -62,7 +62,7 @@ class Shelf:
         self.released: list[str] = []
         self.collections = threading.Semaphore(0)
         self.lose_at_claim: str | None = None
-        self.trouble: OSError | None = None
+        self.trouble: Exception | None = None
 
     def has(self, key: str) -> bool:
         return key in self.pages
@@ -170,11 +170,12 @@ def test_ended_conversations_are_released_in_order(desk: Desk, shelf: Shelf) -> 
     assert shelf.released == ["a", "b"]
 
 
-def test_trouble_of_the_file_system_costs_one_prompt_only(
-    desk: Desk, shelf: Shelf, listener: Listener
+@pytest.mark.parametrize("trouble", [OSError("stale file handle"), RuntimeError("a back end's")])
+def test_trouble_of_a_transport_costs_one_prompt_only(
+    desk: Desk, shelf: Shelf, listener: Listener, trouble: Exception
 ) -> None:
     shelf.pages |= {"k1"}
-    shelf.trouble = OSError("stale file handle")
+    shelf.trouble = trouble
     desk.expect("a", ["k1"])
     desk.expect("b", ["k1"])
     assert listener.messages.get(timeout=WAIT_S)["key"] == "k1"

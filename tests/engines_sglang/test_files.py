@@ -136,6 +136,29 @@ def test_a_claim_brings_a_page_back_whose_last_owner_ends_in_that_moment(
     assert read(files, 1) == bytes(page(1))
 
 
+@pytest.mark.parametrize("end", ["release", "collect"])
+def test_a_page_that_is_claimed_while_it_is_removed_stays(tmp_path: Path, end: str) -> None:
+    other = make(tmp_path)
+    clock = Clock()
+
+    def rename(source: Path, target: Path) -> None:
+        if source.parent.parent.name == "pages":  # looked at, and about to be removed
+            assert other.claim("b", [key(1)]) == []
+        source.replace(target)
+
+    files = make(tmp_path, clock, rename=rename)
+    files.put(key(1), page(1))
+    if end == "release":
+        files.claim("a", [key(1)])
+        assert files.release("a") == 0
+    else:
+        clock.ahead_s = 61.0
+        assert files.collect().removed_pages == 0
+    assert read(files, 1) == bytes(page(1))
+    assert other.release("b") == 1
+    assert names(tmp_path / "drafts") == set()
+
+
 def test_a_reader_keeps_what_it_reads_while_its_conversation_ends(
     files: PageFiles, tmp_path: Path
 ) -> None:

@@ -131,6 +131,8 @@ class Desk:
                 self._tick()
             except OSError as error:  # the shared file system's trouble: prompts are prefilled anew
                 _log.error("hand-off store: %s", error)
+            except Exception:  # noqa: BLE001 - a back end's: without this thread nothing is handed over
+                _log.exception("hand-off store: a note failed")
 
     def _nothing(self) -> None:
         pass

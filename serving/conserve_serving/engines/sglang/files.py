@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -100,7 +101,8 @@ class PageFiles:
             each.mkdir(parents=True, exist_ok=True)
         self._used_bytes = 0
         self._full_until_s = 0.0
-        self._serial = 0
+        self._serials = itertools.count()  # several threads draw from it
+        self._me = f"{os.getpid()}-{os.urandom(4).hex()}"  # of one machine among several
         self.collect()
 
     # --- pages -------------------------------------------------------------------------------
@@ -122,8 +124,7 @@ class PageFiles:
             return True
         if not self._make_room(data.nbytes):
             return False
-        self._serial += 1
-        draft = self._drafts / f"{os.getpid()}-{self._serial}-{key[:16]}"
+        draft = self._draft(key)
         try:
             with draft.open("wb", buffering=0) as file:
                 left = data.cast("B")
@@ -222,8 +223,8 @@ class PageFiles:
                 gone += 1
         pages = []
         for page in self._scan(now_s):
-            if page.links == 1 and page.age_s > self._unclaimed_age_s:
-                page.path.unlink(missing_ok=True)
+            old = page.links == 1 and page.age_s > self._unclaimed_age_s
+            if old and self._drop_if_unclaimed(page.path):
                 removed += 1
             else:
                 pages.append(page)
@@ -231,8 +232,8 @@ class PageFiles:
         limit = self._max_bytes - need_bytes
         if total > limit:
             for page in sorted(pages, key=lambda page: -page.age_s):
-                if total > limit and page.links == 1 and page.age_s > self._grace_s:
-                    page.path.unlink(missing_ok=True)
+                spare = page.links == 1 and page.age_s > self._grace_s
+                if total > limit and spare and self._drop_if_unclaimed(page.path):
                     removed += 1
                     total -= page.bytes
         while total > limit and homes and homes[-1][0] > self._grace_s:
@@ -281,14 +282,24 @@ class PageFiles:
         self._full_until_s = self._clock() + _FULL_FOR_S
         return False
 
+    def _draft(self, key: str) -> Path:
+        return self._drafts / f"{self._me}-{next(self._serials)}-{key[:16]}"
+
     def _drop_if_unclaimed(self, page: Path) -> int:
+        draft = self._draft(page.name)
         try:
-            if page.stat().st_nlink == 1:
-                page.unlink()
-                return 1
+            if page.stat().st_nlink > 1:
+                return 0
+            self._rename(page, draft)  # from now on nobody can claim it
+            if draft.stat().st_nlink > 1:  # somebody did, since it was looked at
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, page)
+                draft.unlink()
+                return 0
+            draft.unlink()
         except FileNotFoundError:
-            pass
-        return 0
+            return 0
+        return 1
 
     def _scan(self, now_s: float) -> Iterator[_Page]:
         with os.scandir(self._pages) as groups:
