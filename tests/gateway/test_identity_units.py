@@ -73,6 +73,15 @@ def test_the_order_is_the_configurations(
     assert (tags.conversation, tags.source) == (conversation, source)
 
 
+@pytest.mark.parametrize("blank", ["\u00a0", "\u0085", "\u3000"])
+def test_what_only_looks_like_nothing_is_hashed_like_anything_unprintable(blank: str) -> None:
+    tags = resolve({"x-session-id": blank, "x-parent-session-id": f"\u00a0{blank}"})
+    assert tags.conversation is not None and tags.parent is not None
+    assert wire.is_legal_id(tags.conversation) and wire.is_legal_id(tags.parent)
+    agent = {"x-claude-code-session-id": "s", "x-claude-code-agent-id": blank}
+    assert resolve(agent).conversation not in ("s", "s/")
+
+
 def test_a_stored_response_says_more_than_a_hint_to_the_cache() -> None:
     tags = resolve({}, {"prompt_cache_key": "shared by many"}, previous="one")
     assert (tags.conversation, tags.source) == ("one", "previous_response")

@@ -306,7 +306,7 @@ def _in_baggage(baggage: bytes) -> tuple[str, str] | None:
 
 
 def _legal(value: bytes) -> str:
-    return wire.safe_id(value.decode("utf-8", "replace").strip())
+    return wire.safe_id(value.strip().decode("utf-8", "replace"))
 
 
 def _own_id(header: str, text: str) -> str:
