@@ -109,7 +109,9 @@ class Tags:
         if self._ended:
             warn_once("ended", "call after its conversation %s was ended: not tagged", self.id)
             return {}
-        key = fingerprint(messages) if self._numbers.may_repeat(messages) else None
+        with self._lock:
+            may_repeat = self._numbers.may_repeat(messages)
+        key = fingerprint(messages) if may_repeat else None
         with self._lock:
             turn_id, index = self._numbers.begin(messages, key, self._new_id)
             final, self._final_next = final or self._final_next, False

@@ -14,8 +14,9 @@ from conserve_agents import wire
 #: Chat messages or Responses items, or the text of a plain completion.
 Prompt = str | Sequence[Any]
 
-#: Calls that failed, remembered to recognise an application that tries again.
-MAX_FAILED: Final = 8
+#: Calls that failed, remembered to recognise an application that tries again: as many as may fail
+#: at once, for instance at a gateway that is full.
+MAX_FAILED: Final = 256
 #: Calls in flight whose answers are waited for.
 MAX_OPEN: Final = 1024
 
@@ -101,7 +102,8 @@ class TurnNumbers:
     def may_repeat(self, prompt: Prompt | None) -> bool:
         """Whether a prompt may be that of a call that failed, so that its :func:`fingerprint` is
         worth taking: a history that has grown is not looked at."""
-        return bool(self._failed) and _length(prompt) in {n for _, _, n in self._failed.values()}
+        length = _length(prompt)
+        return any(failed == length for _, _, failed in self._failed.values())
 
     def begin(
         self, prompt: Prompt | None, key: bytes | None, new_id: Callable[[], str]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,34 @@ def test_parallel_calls_that_fail_each_get_their_own_back() -> None:
     again = [talk.headers_for(prompt) for prompt in reversed(prompts[:3])]
     assert [t[wire.TURN_ID] for t in again] == [t[wire.TURN_ID] for t in sent[2::-1]]
     assert index(talk.headers_for(prompts[3])) == 5
+
+
+def test_as_many_calls_may_fail_at_once_as_an_application_makes() -> None:
+    talk = Conversation()
+    prompts = [[{"role": "user", "content": str(n)}] for n in range(100)]
+    sent = [talk.headers_for(prompt) for prompt in prompts]
+    for prompt, tags in zip(prompts, sent, strict=True):
+        talk.failed(tags[wire.TURN_ID], prompt)
+    assert [talk.headers_for(p)[wire.TURN_ID] for p in prompts] == [t[wire.TURN_ID] for t in sent]
+    assert talk.turns == 100
+
+
+def test_calls_that_fail_in_many_threads_are_tagged_all_the_same() -> None:
+    talk = Conversation()
+
+    def calls(thread: int) -> None:
+        for n in range(300):
+            prompt = [{"role": "user", "content": f"{thread} {n % 11}"}]
+            talk.failed(talk.headers_for(prompt)[wire.TURN_ID], prompt)
+
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(calls, range(8)))
+    finally:
+        sys.setswitchinterval(switch_s)
+    assert talk.turns == 8 * 11  # every other call was a failed one made again
 
 
 def test_a_history_that_has_grown_since_a_failure_is_not_digested() -> None:
