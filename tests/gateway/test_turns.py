@@ -203,6 +203,19 @@ async def test_retry_of_a_call_is_no_new_turn(make_cluster: Any) -> None:
     assert seen["turns"] == 2
 
 
+async def test_retries_of_many_parallel_calls_are_no_new_turns(make_cluster: Any, reply: Any) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1)
+    calls = [{"x-conserve-turn-id": f"t{n}"} for n in range(30)]
+    cluster.decoders[0].replies = [reply(status=400, body=b"{}") for _ in calls]
+    refused = [await cluster.chat("c", f"q{n}", headers=call) for n, call in enumerate(calls)]
+    again = [await cluster.chat("c", f"q{n}", headers=call) for n, call in enumerate(calls)]
+    assert {reply.status for reply in refused} == {400} and {r.status for r in again} == {200}
+    indexes = [reply.headers["x-conserve-turn-index"] for reply in again]
+    assert indexes == [reply.headers["x-conserve-turn-index"] for reply in refused]
+    seen = (await cluster.ask("GET", "/conserve/v1/conversations/c")).json()
+    assert seen["turns"] == 30
+
+
 async def test_life_cycle_open_look_end(make_cluster: Any) -> None:
     cluster = await make_cluster(prefillers=0, decoders=1)
     opened = await cluster.ask("POST", "/conserve/v1/conversations", {"id": "a/b c%"})

@@ -16,8 +16,10 @@ from conserve_serving.gateway.identity import Tags, scoped
 from conserve_serving.gateway.lineage import PrefixMark, Relation
 from conserve_serving.gateway.request import DEFAULT_BYTES_PER_TOKEN, TurnRequest
 
-#: Turn ids remembered of each conversation, to recognise a client's retries.
+#: Turn ids remembered of each conversation, to recognise a client's retries; and how many where
+#: none of them was answered, for those are sent again: as many as may fail at once.
 _TURN_IDS: Final = 8
+_UNANSWERED_TURN_IDS: Final = 64
 
 
 class TurnSummary(NamedTuple):
@@ -105,6 +107,7 @@ class Conversation:
         self.in_store = False
         self.running = 0
         self.turns = 0  # highest turn index that finished
+        #: Indexes by the client's ids, negative once the turn was answered.
         self.turn_ids: dict[str, int] | None = None
         self.first_turn_tokens: int | None = None
         self.token_counter: str | None = None
@@ -144,13 +147,25 @@ class Conversation:
             return self.turns if relation is Relation.REPLAY and self.turns else self.turns + 1
         if self.turn_ids is None:
             self.turn_ids = {}
-        index = self.turn_ids.get(turn_id)
-        if index is None:
-            index = max([self.turns, *self.turn_ids.values()]) + 1
+        index = abs(self.turn_ids.get(turn_id, 0))
+        if not index:
+            index = max([self.turns, *map(abs, self.turn_ids.values())]) + 1
             self.turn_ids[turn_id] = index
-            if len(self.turn_ids) > _TURN_IDS:
-                del self.turn_ids[next(iter(self.turn_ids))]
+            self._forget_turn_ids(self.turn_ids)
         return index
+
+    def _forget_turn_ids(self, known: dict[str, int]) -> None:
+        if len(known) > _TURN_IDS:
+            answered = [turn_id for turn_id, index in known.items() if index < 0]
+            if len(answered) >= _TURN_IDS:
+                del known[answered[0]]
+            elif len(known) - len(answered) > _UNANSWERED_TURN_IDS:
+                del known[next(turn_id for turn_id, index in known.items() if index > 0)]
+
+    def note_answered(self, turn_id: str | None) -> None:
+        """The turn of this id finished: hardly any client sends it again."""
+        if turn_id is not None and self.turn_ids and turn_id in self.turn_ids:
+            self.turn_ids[turn_id] = -abs(self.turn_ids[turn_id])
 
     def estimate_prompt_tokens(self, content_bytes: int) -> int:
         """Length of a prompt of ``content_bytes``, from what this conversation's last one was."""

@@ -314,6 +314,7 @@ class Gateway:
             )
         latest = turn.index >= conversation.turns
         conversation.note_usage(turn.request, turn.index, usage)
+        conversation.note_answered(turn.tags.turn_id)
         if latest:
             conversation.mark = turn.mark
         metrics.prompt_tokens += usage.prompt_tokens
