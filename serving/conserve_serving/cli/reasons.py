@@ -70,6 +70,8 @@ FALLBACKS: Mapping[Fallback, str] = MappingProxyType(
         " rest",
         Fallback.TOKENIZE_FAILED: "the prompt could not be tokenized beforehand, so the decoder"
         " prefilled by itself",
+        Fallback.NOT_ONLY_TOKENS: "the prompt is more than its token ids (pictures, an adapter, a"
+        " salted cache), so the decoder prefilled by itself",
     }
 )
 

@@ -81,6 +81,7 @@ class Fallback(enum.StrEnum):
     STORE_FULL = "store_full"
     PARTIAL_PAGES = "partial_pages"
     TOKENIZE_FAILED = "tokenize_failed"
+    NOT_ONLY_TOKENS = "not_only_tokens"
 
 
 class Outcome(enum.StrEnum):

@@ -34,6 +34,27 @@ _REQUESTS_FAULT = frozenset({400, 413, 422})
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 
+class _Message(msgspec.Struct):
+    content: Raw = Raw(b"null")
+
+
+class _Part(msgspec.Struct):
+    type: str
+
+
+class _Prompt(msgspec.Struct):
+    """What a body says of its prompt beyond the text."""
+
+    messages: list[_Message] = []
+    extra_key: Raw = Raw(b"null")
+    cache_salt: Raw = Raw(b"null")
+    lora_path: Raw = Raw(b"null")
+
+
+_PROMPT = msgspec.json.Decoder(_Prompt)
+_PARTS = msgspec.json.Decoder(list[_Part])
+
+
 async def tokenize(turn: Turn) -> list[int] | None:
     """Token ids of a turn's prompt, as an engine renders it; None if none of two would say.
 
@@ -66,6 +87,26 @@ async def _tokenize_on(engine: Engine, request: TurnRequest) -> list[int]:
     if request.api is Api.CHAT:
         return (await engine.client.tokenize_chat(fields)).tokens
     return (await engine.client.tokenize_prompt(prompt)).tokens
+
+
+def _only_tokens(request: TurnRequest) -> bool:
+    """Whether the token ids are all there is to a prompt.
+
+    Else the decoder must not be given them: SGLang would leave pictures out. And the KV would not
+    be found again: the keys of its pages depend on salt and adapter as well.
+    """
+    try:
+        prompt = _PROMPT.decode(request.body)
+        parts = [
+            part
+            for message in prompt.messages
+            if bytes(memoryview(message.content)[:1]) == b"["  # no copy of all of it
+            for part in _PARTS.decode(message.content)
+        ]
+    except (msgspec.DecodeError, RecursionError):  # the engine will say what is wrong with it
+        return False
+    marks = (prompt.extra_key, prompt.cache_salt, prompt.lora_path)
+    return all(part.type == "text" for part in parts) and all(bytes(m) == b"null" for m in marks)
 
 
 async def hand_over(turn: Turn, place: Place, decoder: Engine) -> bool:
@@ -109,6 +150,8 @@ async def hand_over(turn: Turn, place: Place, decoder: Engine) -> bool:
 async def _move(turn: Turn, place: Place) -> tuple[int, float, Fallback | None]:
     """Tokens moved, the engines' seconds it took once prefilled, or why it came to nothing."""
     gateway = turn.gateway
+    if not _only_tokens(turn.request):
+        return 0, 0.0, Fallback.NOT_ONLY_TOKENS
     if turn.ids is None:
         turn.ids = await tokenize(turn)
     ids = turn.ids
