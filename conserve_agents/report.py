@@ -14,7 +14,8 @@ from typing import Any, Final
 from conserve_agents.errors import GatewayError, GatewayResponseError
 from conserve_agents.gateway import Gateway
 
-#: How long a conversation that has just been answered may take to show its last turn.
+#: How long a conversation that has just been answered may take to show its last turn and what
+#: energy that took.
 SETTLE_S: Final = 2.0
 _STEP_S: Final = 0.02
 
@@ -57,7 +58,7 @@ class Watch:
                 if error.status != 404:
                     raise
                 return f"conversation {id_}: no call of it reached the gateway"
-            if not seen.get("running_turns"):
+            if not seen.get("running_turns") and (seen.get("energy") or {}).get("settled", True):
                 break
             self._sleep(_STEP_S)
         return summary(seen)
@@ -76,8 +77,13 @@ def summary(seen: Mapping[str, Any]) -> str:
         f"  tokens     {prompt} in prompts, {cached} of them cached "
         f"({cached / max(prompt, 1):.0%}), {seen.get('output_tokens')} generated",
     ]
-    if isinstance(seen.get("energy_j"), int | float):
-        lines.append(f"  energy     {seen['energy_j']:.1f} J")
+    energy = seen.get("energy") or {}
+    if energy.get("total_j") is not None:
+        lines.append(
+            f"  energy     {energy['total_j']:.1f} J (prefill {energy['prefill_j']:.1f}, "
+            f"decode {energy['decode_j']:.1f}; {energy.get('source')})"
+            + ("" if energy.get("settled") else ", more to come")
+        )
     return "\n".join(lines)
 
 

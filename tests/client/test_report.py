@@ -60,7 +60,11 @@ def test_everything_that_is_known_is_said() -> None:
         "  tokens     1000 in prompts, 750 of them cached (75%), 60 generated",
         "energy: 42 J on all engines meanwhile, idle included (modelled: x)",
     ]
-    assert "  energy     7.5 J" in summary({**SEEN, "energy_j": 7.5})
+    energy = {"total_j": 7.5, "prefill_j": 2.0, "decode_j": 5.5, "source": "nvml", "settled": True}
+    said = "  energy     7.5 J (prefill 2.0, decode 5.5; nvml)"
+    assert summary({**SEEN, "energy": energy}).splitlines()[-1] == said
+    unsettled = summary({**SEEN, "energy": {**energy, "settled": False}})
+    assert unsettled.splitlines()[-1] == f"{said}, more to come"
 
 
 def test_what_is_not_known_is_left_out() -> None:
@@ -70,6 +74,7 @@ def test_what_is_not_known_is_left_out() -> None:
         "  transfers  None",
         "  tokens     0 in prompts, 0 of them cached (0%), None generated",
     ]
+    assert "energy" not in summary({**SEEN, "energy": {"total_j": None, "settled": True}})
     assert "energy" not in FakeGateway(SEEN).watch().text(["c"])
     unknown = FakeGateway(404).watch().text(["c"])
     assert unknown == "conversation c: no call of it reached the gateway"
@@ -80,6 +85,9 @@ def test_a_turn_that_is_still_being_booked_is_waited_for() -> None:
     fake = FakeGateway(running, running, SEEN)
     assert fake.watch().text(["c"]).startswith("conversation c: 3 turns")
     assert len(fake.slept) == 2
+    counted = {"total_j": None, "settled": False}
+    fake = FakeGateway({**SEEN, "energy": counted}, SEEN)
+    assert fake.watch().text(["c"]).startswith("conversation c: 3 turns") and len(fake.slept) == 1
     stuck = FakeGateway(running)
     assert stuck.watch().text(["c"]).startswith("conversation c: 2 turns")
     assert sum(stuck.slept) == pytest.approx(2.0)
