@@ -92,6 +92,7 @@ class FakeEngine:
     acknowledge: Callable[[dict[str, Any]], Awaitable[None]] | None = None
     ack_tokens: int | None = None
     prefill_gate: asyncio.Event | None = None
+    close_gate: asyncio.Event | None = None
     prefill_status: int = 200
     tokenize_status: int = 200
     healthy: bool = True
@@ -169,6 +170,8 @@ class FakeEngine:
             return await self._complete(reader, writer, path, body)
         if path == "/generate":
             return await self._generate(reader, writer, body)
+        if path == "/close_session" and self.close_gate is not None:
+            await self.close_gate.wait()
         status, answer = self._control(path, body)
         _respond(writer, status, answer)
         await writer.drain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -46,4 +47,48 @@ async def test_text_in_parts_is_handed_over(make_cluster: Any, long_text: str) -
     answer = await cluster.chat("c", long_text, messages=messages, cache_salt=None)
     assert answer.headers["x-conserve-prefill-engine"] == "p0"
     assert answer.headers["x-conserve-transfers"] == "1"
+    cluster.settled()
+
+
+async def test_what_is_stored_after_its_conversation_ended_leaves_the_store(
+    make_cluster: Any, fake_engine: Any, long_text: str
+) -> None:
+    """The prefiller keeps the pages for a conversation when it acknowledges them, however late."""
+    late: list[dict[str, Any]] = []
+
+    async def keep(ack: dict[str, Any]) -> None:
+        late.append(ack)
+
+    prefiller, decoder = fake_engine(store_role="prefill"), fake_engine(store_role="decode")
+    cluster = await make_cluster([prefiller], [decoder], gateway={"handoff_ack_timeout_s": 0.05})
+    prefiller.acknowledge = keep
+    assert (await cluster.chat("c", long_text)).headers["x-conserve-transfers"] == "0"
+    await cluster.ask("DELETE", "/conserve/v1/conversations/c")
+    await cluster.until(lambda: len(decoder.bodies("/close_session")) == 3)
+    await cluster.ask("POST", "/conserve/v1/handoffs", late[0])
+    await cluster.until(lambda: len(decoder.bodies("/close_session")) == 4)
+    assert decoder.bodies("/close_session")[-1] == decoder.bodies("/close_session")[-2]
+    cluster.settled()
+
+
+async def test_an_end_comes_before_the_prefill_of_what_follows_it(
+    make_cluster: Any, fake_engine: Any, long_text: str
+) -> None:
+    """Else it would take the pages of the new conversation of that name out of the store."""
+    gate = asyncio.Event()
+    prefiller, decoder = fake_engine(store_role="prefill"), fake_engine(store_role="decode")
+    cluster = await make_cluster([prefiller], [decoder])
+    await cluster.chat("c", long_text)
+    decoder.close_gate = gate
+    await cluster.ask("DELETE", "/conserve/v1/conversations/c")
+    await decoder.until("/close_session")
+    turn = asyncio.create_task(cluster.chat("c", long_text))
+    await cluster.until(lambda: cluster.gateway.runtime.live_turns == 1)
+    for _ in range(3):  # time enough for a prefill to be sent
+        await cluster.gateway.fleet.refresh()
+    assert len(prefiller.bodies("/generate")) == 1
+    gate.set()
+    assert (await turn).headers["x-conserve-transfers"] == "1"
+    assert len(prefiller.bodies("/generate")) == 2
+    assert len(decoder.bodies("/close_session")) == 3  # and none after it
     cluster.settled()

@@ -354,13 +354,13 @@ async def test_acknowledgements_early_late_twice_and_shared() -> None:
     assert handoffs.acknowledge(ack)
     assert first.result() == second.result() == ack
     assert handoffs.acknowledge(ack)  # twice does no harm
-    handoffs.release("k")
-    handoffs.release("k")
+    handoffs.release("k", ConversationId("c"))
+    handoffs.release("k", ConversationId("c"))
     assert handoffs.waiting == 0
     assert not handoffs.acknowledge(ack)  # late
     assert handoffs.unexpected == 1
     assert not handoffs.expect("k").done()  # stored once is not stored now: each prefill is told
-    handoffs.release("k")
+    handoffs.release("k", ConversationId("c"))
 
 
 async def test_every_rank_acknowledges_its_part_and_the_smallest_part_counts() -> None:
@@ -372,7 +372,7 @@ async def test_every_rank_acknowledges_its_part_and_the_smallest_part_counts() -
     assert not future.done()
     handoffs.acknowledge(replace(part, rank=0, tokens=64, duration_s=0.3))
     assert (future.result().tokens, future.result().duration_s) == (64, 0.3)
-    handoffs.release("k")
+    handoffs.release("k", ConversationId("c"))
 
 
 async def test_one_ranks_failure_is_enough() -> None:
@@ -382,7 +382,7 @@ async def test_one_ranks_failure_is_enough() -> None:
         Acknowledgement(engine="p0", key="k", tokens=0, error="store_full", rank=1, ranks=2)
     )
     assert future.result().error == "store_full"
-    handoffs.release("k")
+    handoffs.release("k", ConversationId("c"))
 
 
 # --- clock and runtime -----------------------------------------------------------------------

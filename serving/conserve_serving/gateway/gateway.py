@@ -19,7 +19,7 @@ from conserve_serving.core.decisions import Park, Place, Release
 from conserve_serving.core.events import ConversationEnded, ConversationIdled
 from conserve_serving.core.policies import Collocated, RoundRobin, make_policy
 from conserve_serving.core.scheduler import Scheduler
-from conserve_serving.core.types import Reason, Tier, TurnId
+from conserve_serving.core.types import ConversationId, Reason, Tier, TurnId
 from conserve_serving.energy.nvml import Nvml, load_nvml
 from conserve_serving.energy.sampler import Sampler
 from conserve_serving.engines.client import EngineClient
@@ -106,7 +106,7 @@ class Gateway:
             wall=wall,
             on_speed=self.runtime.clock.set_speed,
         )
-        self.handoffs = Handoffs()
+        self.handoffs = Handoffs(on_late=self._stored_late)
         self.sessions = Sessions(
             engine_of=self.fleet.get,
             background=self.background,
@@ -353,6 +353,13 @@ class Gateway:
         """Once a conversation has ended and none of its turns runs: clear the store."""
         if conversation.ended and not conversation.running:
             self.sessions.end(conversation, self.fleet.serving())
+
+    def _stored_late(self, key: ConversationId) -> None:
+        """Pages are kept for a conversation that may have ended meanwhile."""
+        conversation = self.conversations.get(key)
+        if conversation is not None:
+            conversation.in_store = True
+            self.if_over(conversation)
 
     def _forgotten(self, conversation: Conversation) -> None:
         """Memory is full: what nobody remembers must not hold KV."""

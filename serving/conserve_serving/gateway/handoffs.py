@@ -9,7 +9,15 @@ parts of the pages side by side, and each says so for itself.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
+
+from conserve_serving.core.types import ConversationId
+
+#: Prompts remembered whose acknowledgement nobody waits for any more.
+_MOST_GIVEN_UP: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +64,17 @@ class _Awaited:
 
 
 class Handoffs:
-    """Brings acknowledgements to the turns that wait for them."""
+    """Brings acknowledgements to the turns that wait for them.
 
-    def __init__(self) -> None:
+    Args:
+        on_late: told whose prompt an acknowledgement was for that came when its turn waited no
+            longer: pages that are kept for that conversation all the same.
+    """
+
+    def __init__(self, on_late: Callable[[ConversationId], None] = lambda _: None) -> None:
         self._waiting: dict[str, _Awaited] = {}
+        self._given_up: OrderedDict[str, ConversationId] = OrderedDict()
+        self._on_late = on_late
         self.unexpected = 0
 
     def expect(self, key: str) -> asyncio.Future[Acknowledgement]:
@@ -73,9 +88,13 @@ class Handoffs:
         awaited.users += 1
         return awaited.future
 
-    def release(self, key: str) -> None:
-        """The turn no longer waits."""
+    def release(self, key: str, conversation: ConversationId) -> None:
+        """The turn, of ``conversation``, no longer waits."""
         awaited = self._waiting[key]
+        if not awaited.future.done():
+            self._given_up[key] = conversation
+            if len(self._given_up) > _MOST_GIVEN_UP:
+                self._given_up.popitem(last=False)
         awaited.users -= 1
         if not awaited.users:
             del self._waiting[key]
@@ -85,6 +104,8 @@ class Handoffs:
         awaited = self._waiting.get(ack.key)
         if awaited is None:
             self.unexpected += 1
+            if ack.key in self._given_up:  # and stays there: other ranks may follow
+                self._on_late(self._given_up[ack.key])
             return False
         awaited.take(ack)
         return True

@@ -121,10 +121,11 @@ async def hand_over(turn: Turn, place: Place, decoder: Engine) -> bool:
     gateway = turn.gateway
     opening = asyncio.ensure_future(gateway.sessions.ensure(turn.conversation, decoder))
     opening.add_done_callback(_consume)
-    turn.conversation.in_store = True
     fallback: Fallback | None = None
     moved_tokens, duration_s = 0, 0.0
     try:
+        await gateway.sessions.settle(turn.conversation)
+        turn.conversation.in_store = True
         moved_tokens, duration_s, fallback = await _move(turn, place)
         # A session that could not be opened is tried again, and complained about, by the decode.
         await asyncio.wait([opening])
@@ -177,7 +178,7 @@ async def _move(turn: Turn, place: Place) -> tuple[int, float, Fallback | None]:
         except TimeoutError:
             return 0, 0.0, Fallback.ACK_LATE
     finally:
-        gateway.handoffs.release(key)
+        gateway.handoffs.release(key, turn.conversation.key)
     if ack.error is not None:
         full = ack.error == Fallback.STORE_FULL
         return 0, 0.0, Fallback.STORE_FULL if full else Fallback.PARTIAL_PAGES

@@ -98,9 +98,7 @@ class Sessions:
         here, name = (engine.id, engine.epoch), session_id(conversation.key)
         if conversation.session is not None:
             self.close(conversation)
-        closing = self._closing.get(conversation.key)
-        if closing is not None:  # opening must not overtake it
-            await asyncio.wait([closing])
+        await self.settle(conversation)  # opening must not overtake the closing
         conversation.session = here
         capacity = engine.description.max_context_tokens if engine.description else 0
         try:
@@ -118,6 +116,12 @@ class Sessions:
             conversation.session = None
             raise
         return name
+
+    async def settle(self, conversation: Conversation) -> None:
+        """Return when what ended before under this conversation's name has been cleared away."""
+        closing = self._closing.get(conversation.key)
+        if closing is not None:
+            await asyncio.wait([closing])
 
     def close(self, conversation: Conversation) -> None:
         """Let the engine park the conversation's KV, or evict it. Returns at once."""
