@@ -58,9 +58,11 @@ CONSERVE_FLAGS: Final = (
     *("--enable-metrics", "--enable-cache-report", "--enable-hierarchical-cache"),
     *("--hicache-write-policy", "write_through"),
     *("--hicache-storage-prefetch-policy", "wait_complete"),
-    *("--page-size", str(PAGE_TOKENS), "--enable-session-radix-cache"),
+    *("--page-size", str(PAGE_TOKENS)),
     *("--enable-priority-scheduling", "--disable-priority-preemption"),
 )
+#: Of engines that hold conversations. SGLang's tree is another one without it, in Rust.
+SESSION_FLAGS: Final = ("--enable-session-radix-cache",)
 
 
 def why_not() -> str | None:
@@ -388,6 +390,7 @@ class Testbed:
             *("--max-total-tokens", str(KV_CAPACITY_TOKENS)),
             *CPU_FLAGS,
             *CONSERVE_FLAGS,
+            *(() if role == "prefill" else SESSION_FLAGS),
             *self.store_flags(name, role),
             *flags,
         ]
