@@ -87,6 +87,12 @@ class Fleet:
                 return engine.description.model
         return None
 
+    @property
+    def longest_context_tokens(self) -> int | None:
+        """Longest context that any engine could hold; None while none has been described."""
+        known = [e.description for e in self.serving() if e.description is not None]
+        return max((min(d.max_context_tokens, d.kv_capacity_tokens) for d in known), default=None)
+
     async def wait_change(self) -> None:
         """Return after the next change of any engine's state."""
         await self._changed.wait()

@@ -248,15 +248,24 @@ class Turn:
         """How long the prompt is: exact where a hand-off may follow, else an estimate."""
         conversation, gateway = self.conversation, self.gateway
         if self.ids is None and conversation.context_tokens == 0 and gateway.may_hand_over():
-            since_s = gateway.wall()
-            self.ids = await tokenize(self)
-            self.waited_s += gateway.wall() - since_s
+            await self._count()
         if self.ids is not None:
             self.prompt_tokens = len(self.ids)
         elif self.index == 1 and self.tags.counted_exactly and self.tags.first_turn_tokens:
             self.prompt_tokens = self.tags.first_turn_tokens
         else:
             self.prompt_tokens = conversation.estimate_prompt_tokens(len(self.request.content))
+        longest = gateway.fleet.longest_context_tokens
+        if self.ids is None and longest is not None and self.prompt_tokens >= longest:
+            # An estimate alone refuses nothing: a picture, say, has many bytes and few tokens.
+            await self._count()
+            if self.ids is not None:
+                self.prompt_tokens = len(self.ids)
+
+    async def _count(self) -> None:
+        since_s = self.gateway.wall()
+        self.ids = await tokenize(self)
+        self.waited_s += self.gateway.wall() - since_s
 
     def _arrival(self) -> TurnArrived:
         conversation, tags = self.conversation, self.tags
