@@ -22,7 +22,7 @@ from conserve_agents.logs import warn_once
 from conserve_agents.openai import AsyncConServeOpenAI, ConServeOpenAI
 from conserve_agents.turns import prompt_of
 from langchain_conserve import identity
-from langchain_conserve.identity import Call, CallSite, call_site
+from langchain_conserve.identity import Call, CallSite, account, call_site
 
 #: How a call's origin travels from ``invoke`` to the payload; never sent, traced or cached.
 _SITE: Final = "conserve_call_site"
@@ -179,7 +179,7 @@ class ChatConServe(ChatOpenAI):
         taken = wire.CONVERSATION_ID.lower()
         if any(name.lower() == taken for name in (*given, *(self.default_headers or {}))):
             return given
-        call = tagging.call = identity.known.begin(tagging.site, messages, gateway=self._address)
+        call = tagging.call = identity.known.begin(tagging.site, messages, gateway=self._account)
         if call is None:
             return given
         call.conversation.use_gateway(self._gateway)
@@ -199,7 +199,7 @@ class ChatConServe(ChatOpenAI):
         Returns:
             How many the gateway confirmed.
         """
-        return end_all(identity.known.forget(str(thread_id), gateway=self._address))
+        return end_all(identity.known.forget(str(thread_id), gateway=self._account))
 
     async def aend_thread(self, thread_id: str) -> int:
         """:meth:`end_thread` without blocking the event loop."""
@@ -208,6 +208,10 @@ class ChatConServe(ChatOpenAI):
     @property
     def _address(self) -> str:
         return self.openai_api_base or default_base_url()
+
+    @property
+    def _account(self) -> str:
+        return account(self._address, self.openai_api_key)
 
     def _gateway(self) -> Gateway:
         key = getattr(self.root_async_client, "api_key", "") or default_api_key()

@@ -16,6 +16,7 @@ thread's place.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import threading
@@ -29,6 +30,7 @@ from weakref import WeakKeyDictionary
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
+from pydantic import SecretStr
 
 from conserve_agents import Conversation, current_conversation, wire
 from langchain_conserve.lineage import Branch, Chain, Lineage, Place
@@ -91,6 +93,14 @@ def _supersteps(checkpoints: Any, namespace: str, step: int | None) -> tuple[str
     if steps and steps[-1] is None and step is not None:
         steps[-1] = f"step {step}"
     return tuple(steps)
+
+
+def account(address: str, key: object) -> str:
+    """A gateway and the tenant that a model's key makes of its calls: equal thread ids at two
+    gateways, or with two keys, are two threads. A function that gives keys counts as none."""
+    secret = key.get_secret_value() if isinstance(key, SecretStr) else ""
+    tenant = hashlib.blake2b(secret.encode(), digest_size=8).hexdigest()
+    return f"{address.rstrip('/').removesuffix('/v1')} {tenant}"
 
 
 @contextlib.contextmanager
@@ -195,7 +205,7 @@ class Conversations:
         Args:
             site: see :func:`call_site`.
             messages: what is sent.
-            gateway: its address: equal thread ids at two gateways are two threads.
+            gateway: see :func:`account`.
         """
         if site.explicit is not None:
             if site.explicit.ended:  # which tags nothing any more, and says so
@@ -206,7 +216,7 @@ class Conversations:
         chain = Chain(messages)
         root_id = wire.safe_id(site.thread_id)
         with self._lock:
-            key = _thread_key(gateway, site.thread_id)
+            key = (gateway, site.thread_id)
             thread = self._threads.setdefault(key, _Thread())
             self._threads.move_to_end(key)
             if len(self._threads) > MAX_THREADS:
@@ -229,13 +239,13 @@ class Conversations:
         if site.explicit is not None or site.thread_id is None:
             return None
         with self._lock:
-            thread = self._threads.get(_thread_key(gateway, site.thread_id))
+            thread = self._threads.get((gateway, site.thread_id))
             return None if thread is None else thread.latest(site.agent)
 
     def forget(self, thread_id: str, *, gateway: str) -> list[Conversation]:
         """Forget a thread; returns its conversations, sub-agents first, for the caller to end."""
         with self._lock:
-            thread = self._threads.pop(_thread_key(gateway, thread_id), None)
+            thread = self._threads.pop((gateway, thread_id), None)
         if thread is None:
             return []
         return sorted(thread.conversations.values(), key=lambda c: -len(c.id))
@@ -262,10 +272,6 @@ class Conversations:
 known: Final = Conversations()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=known.after_fork)
-
-
-def _thread_key(gateway: str, thread_id: str) -> tuple[str, str]:
-    return gateway.rstrip("/").removesuffix("/v1"), thread_id
 
 
 def _agent_id(root_id: str, agent: str) -> str:

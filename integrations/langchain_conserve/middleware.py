@@ -88,7 +88,7 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
         self._counter: Final = token_counter
         self._end_after_run: Final = end_after_run
         self._runs: Final = Runs()
-        #: The gateways that calls went to, by address.
+        #: The gateways that calls went to, by account.
         self._met: Final[dict[str, Gateway]] = {}
 
     # --- the run -----------------------------------------------------------------------------
@@ -143,8 +143,8 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
             site = call_site()
         over = self._end_after_run or site.agent.rpartition("|")[2].partition(":")[0] == _TOOLS
         found = [
-            (gateway, identity.known.latest(site, gateway=address))
-            for address, gateway in self._met.items()
+            (gateway, identity.known.latest(site, gateway=account))
+            for account, gateway in self._met.items()
         ]
         return [(gateway, talk, over) for gateway, talk in found if talk is not None]
 
@@ -178,24 +178,24 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
     def _turn(self, request: ModelRequest[Any]) -> _Turn | None:
         """The call with its tag; None where it is to be left as it is. Never raises."""
         try:
-            address = _address(request.model)
-            if address is None:
+            account = _account(request.model)
+            if account is None:
                 warn_once(
                     "model",
                     "calls of %s are not tagged: point a ChatOpenAI at the gateway (base_url)",
                     type(request.model).__name__,
                 )
                 return None
-            if address not in self._met:
-                self._met[address] = self._gateway or _gateway_of(request.model, address)
+            if account not in self._met:
+                self._met[account] = self._gateway or _gateway_of(request.model)
             return (
-                None if isinstance(request.model, ChatConServe) else self._tagged(request, address)
+                None if isinstance(request.model, ChatConServe) else self._tagged(request, account)
             )
         except _TAGGING_ERRORS as error:
             warn_once("tag", "model call sent untagged, for tagging it failed: %r", error)
             return None
 
-    def _tagged(self, request: ModelRequest[Any], address: str) -> _Turn | None:
+    def _tagged(self, request: ModelRequest[Any], account: str) -> _Turn | None:
         model: Any = request.model
         given = dict(request.model_settings.get("extra_headers") or {})
         defaults = model.default_headers or {}
@@ -205,12 +205,12 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
         messages: list[BaseMessage] = list(request.messages)
         if request.system_message is not None:
             messages.insert(0, request.system_message)
-        call = identity.known.begin(call_site(), messages, gateway=address)
+        call = identity.known.begin(call_site(), messages, gateway=account)
         if call is None:
             return None
         try:
             talk = call.conversation
-            talk.use_gateway(lambda: self._met[address])
+            talk.use_gateway(lambda: self._met[account])
             tools = _schemas(request.tools) if talk.turns <= 1 else None
             tags = talk.headers_for(_prompt(talk, messages), tools, counter=self._counter)
             settings = {**request.model_settings, "extra_headers": {**given, **tags}}
@@ -250,8 +250,8 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
             How many the gateway confirmed.
         """
         return sum(
-            end_all(identity.known.forget(str(thread_id), gateway=address))
-            for address in list(self._met)
+            end_all(identity.known.forget(str(thread_id), gateway=account))
+            for account in list(self._met)
         )
 
     async def aend_thread(self, thread_id: str) -> int:
@@ -326,17 +326,22 @@ def _thread(state: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _address(model: Any) -> str | None:
-    """Where a model's calls go; None where that is no gateway, or cannot be tagged."""
+def _account(model: Any) -> str | None:
+    """Where a model's calls go, and whose; None where that is no gateway, or cannot be tagged."""
     if not isinstance(model, BaseChatOpenAI):
         return None
-    address = str(getattr(model.root_client, "base_url", None) or model.openai_api_base or "")
-    return None if not address or address.startswith(_OPENAI) else address.rstrip("/")
+    address = _address(model)
+    known = address and not address.startswith(_OPENAI)
+    return identity.account(address, model.openai_api_key) if known else None
 
 
-def _gateway_of(model: Any, address: str) -> Gateway:
+def _address(model: Any) -> str:
+    return str(getattr(model.root_client, "base_url", None) or model.openai_api_base or "")
+
+
+def _gateway_of(model: Any) -> Gateway:
     key = getattr(model.root_client, "api_key", None) or default_api_key()
-    return Gateway(address, headers={"Authorization": f"Bearer {key}"})
+    return Gateway(_address(model), headers={"Authorization": f"Bearer {key}"})
 
 
 def _idle(gateway: Gateway, talk: Conversation) -> None:

@@ -154,7 +154,7 @@ async def test_a_history_that_comes_back_goes_on_in_its_conversation(
 
 def test_what_a_tool_calls_belongs_to_the_run(server: Any, stock: ChatOpenAI, reply: Any) -> None:
     watch = ConversationMiddleware()
-    ours = ChatConServe(model="m", base_url=server.base_url)
+    ours = ChatConServe(model="m", base_url=server.base_url, api_key="k")  # type: ignore[arg-type] # SecretStr takes a str
     sub = create_agent(stock, [look], middleware=[watch], name="sub")
 
     @tool

@@ -173,6 +173,18 @@ def test_two_models_share_a_threads_turns(server: Any, model: ChatConServe) -> N
     assert tags(server, wire.TURN_INDEX) == ["1", "2"]
 
 
+def test_equal_threads_of_two_keys_are_two_threads(server: Any) -> None:
+    ours, theirs = (ChatConServe(model="m", base_url=server.base_url, api_key=k) for k in "ab")
+    ours.invoke("q", THREAD)
+    ours.invoke("r", THREAD)
+    theirs.invoke("s", THREAD)  # the gateway keeps them apart as well
+    assert ids(server) == ["T", "T", "T"]
+    assert tags(server, wire.TURN_INDEX) == ["1", "2", "1"]
+    assert tags(server, wire.PARENT_ID) == [None] * 3
+    assert tags(server, wire.PLACEMENT)[2] is None
+    assert (ours.end_thread("T"), theirs.end_thread("T")) == (1, 1)
+
+
 def test_tagging_that_fails_never_breaks_the_call(
     server: Any,
     model: ChatConServe,
