@@ -203,7 +203,9 @@ async def test_retry_of_a_call_is_no_new_turn(make_cluster: Any) -> None:
     assert seen["turns"] == 2
 
 
-async def test_retries_of_many_parallel_calls_are_no_new_turns(make_cluster: Any, reply: Any) -> None:
+async def test_retries_of_many_parallel_calls_are_no_new_turns(
+    make_cluster: Any, reply: Any
+) -> None:
     cluster = await make_cluster(prefillers=0, decoders=1)
     calls = [{"x-conserve-turn-id": f"t{n}"} for n in range(30)]
     cluster.decoders[0].replies = [reply(status=400, body=b"{}") for _ in calls]
