@@ -125,8 +125,39 @@ def test_a_parked_conversation_comes_back_from_the_host(bed: Any, random_ids: An
     assert gained.get("host", 0) > 0
 
 
-def _session(name: str) -> dict[str, object]:
-    return {"session_id": name, "capacity_of_str_len": 30_000, "timeout": 600}
+def _session(name: str, timeout_s: float = 600) -> dict[str, object]:
+    return {"session_id": name, "capacity_of_str_len": 30_000, "timeout": timeout_s}
+
+
+def _use(engine: Any, name: str, prompt: list[int]) -> None:
+    engine.post("/generate", {"input_ids": prompt, "sampling_params": _one(), "session_id": name})
+
+
+def test_a_session_in_use_does_not_time_out(bed: Any, random_ids: Any) -> None:
+    """SGLang counts from the opening: after an hour no conversation would be protected."""
+    decoder = bed.decoders[0]
+    prompt = random_ids(100)
+    decoder.post("/open_session", _session("used", 1.5))
+    until_s = time.monotonic() + 4.0
+    while time.monotonic() < until_s:
+        _use(decoder, "used", prompt)
+    status, text = decoder.call("POST", "/open_session", _session("used"))
+    assert (status, b"still open" in text) == (400, True)
+    decoder.post("/close_session", {"session_id": "used"})
+
+
+def test_the_kv_of_a_session_that_timed_out_can_be_freed(bed: Any, random_ids: Any) -> None:
+    decoder = bed.decoders[0]
+    prompt = random_ids(1000)
+    decoder.post("/open_session", _session("late", 0.5))
+    _use(decoder, "late", prompt)
+    until_s = time.monotonic() + 10.0
+    while decoder.call("POST", "/open_session", _session("late"))[0] != 200:
+        assert time.monotonic() < until_s
+        time.sleep(0.1)  # SGLang looks once a second
+    for mark in ("", "!free"):
+        decoder.post("/close_session", {"session_id": f"late{mark}"})
+    assert ask_cached(decoder, prompt) == 0
 
 
 def test_a_session_the_engine_has_lost_is_opened_again(

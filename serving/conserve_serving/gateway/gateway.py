@@ -110,7 +110,8 @@ class Gateway:
         self.sessions = Sessions(
             engine_of=self.fleet.get,
             background=self.background,
-            idle_timeout_s=lambda: config.scheduler.idle_timeout_s / self.runtime.clock.speed,
+            # Only for when this gateway is no longer there to end it.
+            idle_timeout_s=lambda: 2 * config.scheduler.idle_timeout_s / self.runtime.clock.speed,
         )
         self.conversations = Conversations(
             clock=wall,

@@ -5,6 +5,8 @@ Hooks, applied through SGLang's hook registry, idle unless the engine runs our s
 - when a prefill ends whose request names its conversation (``routing_key``), the store is told
   which pages the prompt has; pages that the tree still holds and the store has lost meanwhile are
   stored again, for SGLang itself stores a page once and never looks back;
+- a request keeps its session from timing out: SGLang counts from the opening, and would take the
+  protection of every conversation away that lasts longer;
 - when a session is closed with a mark (:mod:`marks`), the KV that only this session held leaves the
   device and the host tier, or its pages the store. SGLang itself only takes the protection away;
 - what could not leave at once, because a copy was under way, leaves a few steps later;
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
@@ -45,7 +48,9 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{_TREE}.checkpoint_into_tree", prompt_cached, HookType.AFTER)
+    HookRegistry.register(f"{_SCHEDULER}.handle_generate_request", session_used, HookType.BEFORE)
     HookRegistry.register(f"{_SCHEDULER}.close_session", session_closed, HookType.AROUND)
+    HookRegistry.register(f"{_TREE}.release_radix_session", session_let_go, HookType.BEFORE)
     HookRegistry.register(f"{_TREE}.check_hicache_events", step_taken, HookType.AFTER)
     HookRegistry.register(f"{_REPORTER}._maybe_log_idle_metrics", resting, HookType.BEFORE)
     HookRegistry.register(f"{_TOKENIZER}._validate_one_request", check_ids, HookType.BEFORE)
@@ -106,9 +111,10 @@ def prompt_cached(result: object, cache: Any, req: Any, *, up_to: int) -> None:
         return
     path = cache.tree_core.collect_path_info([req.last_node])[0]
     pages = [(node.node_id, cache.tree_core.get_hash_values(node.node_id)) for node in path]
-    _store_again(cache, store, pages)
     keys = [key for _, hashes in pages for key in hashes]
+    # First, so that what becomes of pages stored again is not told before anybody expects them.
     store.expect(conversation, keys[: len(req.origin_input_ids) // store.page_tokens])
+    _store_again(cache, store, pages)
 
 
 def _store_again(cache: Any, store: Any, pages: list[tuple[Any, list[str]]]) -> None:
@@ -139,6 +145,9 @@ def _store_again(cache: Any, store: Any, pages: list[tuple[Any, list[str]]]) -> 
 class _Sessions:
     """Where the KV of closed sessions is, and what of it is on its way out.
 
+    Nodes are named by their ids, which are never used again: a node holds its tokens' ids, and
+    would be kept alive by us long after the tree has dropped it.
+
     Attributes:
         paths: of each session closed lately, its nodes, the lowest first.
         leaving: lowest nodes of paths that could not leave at once.
@@ -146,16 +155,23 @@ class _Sessions:
     """
 
     def __init__(self) -> None:
-        self.paths: OrderedDict[str, list[list[Any]]] = OrderedDict()
-        self.leaving: list[Any] = []
+        self.paths: OrderedDict[str, list[list[int]]] = OrderedDict()
+        self.leaving: list[int] = []
         self.changed = False
+
+
+@_harmless
+def session_used(scheduler: Any, request: Any, **_: Any) -> None:
+    """Before a request begins: its session is in use."""
+    session = scheduler.session_controller.get(request.session_id)
+    if session is not None:
+        session.last_active_time = time.monotonic()
 
 
 def session_closed(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     """Around the close of a session: see :mod:`marks`."""
     name, mark = marks.split(request.session_id)
     if mark is None:
-        _note_paths(scheduler.tree_cache, name)
         return original(scheduler, request)
     if mark == marks.FREE:
         _free(scheduler.tree_cache, name)
@@ -165,17 +181,18 @@ def session_closed(original: Callable[..., Any], scheduler: Any, request: Any) -
 
 
 @_harmless
-def _note_paths(cache: Any, name: str) -> None:
-    """Before a session's references go: remember where its KV is, for a ``FREE`` to come."""
+def session_let_go(cache: Any, session_id: str) -> None:
+    """Before a session's references go, closed or timed out: remember where its KV is, for a
+    ``FREE`` to come."""
     if _store(cache) is None:
         return
     component = getattr(cache, "components", {}).get(_base_component())
-    leaves = component._session_leaves.get(name, ()) if component is not None else ()
+    leaves = component._session_leaves.get(session_id, ()) if component is not None else ()
     if not leaves:
         return
     paths = _sessions(cache).paths
-    paths[name] = [_upwards(leaf) for leaf in leaves]
-    paths.move_to_end(name)
+    paths[session_id] = [_upwards(leaf) for leaf in leaves]
+    paths.move_to_end(session_id)
     if len(paths) > _MOST_CLOSED:
         paths.popitem(last=False)
 
@@ -184,7 +201,7 @@ def _note_paths(cache: Any, name: str) -> None:
 def _free(cache: Any, name: str) -> None:
     sessions = _sessions(cache)
     for path in sessions.paths.pop(name, ()):
-        there = [node for node in path if node.id in cache.tree_core._node_arena]
+        there = [node_id for node_id in path if node_id in cache.tree_core._node_arena]
         sessions.leaving += there[:1]
     _let_leave(cache, sessions)
 
@@ -214,13 +231,14 @@ def resting(reporter: Any) -> None:
 
 
 def _let_leave(cache: Any, sessions: _Sessions) -> None:
-    stuck = [_evict_upwards(cache, node, sessions) for node in sessions.leaving]
-    sessions.leaving = [node for node in stuck if node is not None]
+    stuck = [_evict_upwards(cache, node_id, sessions) for node_id in sessions.leaving]
+    sessions.leaving = [node_id for node_id in stuck if node_id is not None]
 
 
-def _evict_upwards(cache: Any, node: Any, sessions: _Sessions) -> Any | None:
+def _evict_upwards(cache: Any, node_id: int, sessions: _Sessions) -> int | None:
     """Evict a node and those above it that nobody needs; the first that is still in use."""
     core = cache.tree_core
+    node = core._node_arena.get(node_id)
     base = _base_component()
     tracker = dict.fromkeys(cache.tree_components, 0)
     while node is not None and node.parent is not None and node.id in core._node_arena:
@@ -229,12 +247,12 @@ def _evict_upwards(cache: Any, node: Any, sessions: _Sessions) -> Any | None:
         parent = node.parent
         if not node.evicted:
             if node not in core.evictable_device_leaves:
-                return node
+                return int(node.id)
             cache._evict_device_leaf(node.id, tracker)
             sessions.changed = True
         if node.backuped:
             if node not in core.evictable_host_leaves:
-                return node
+                return int(node.id)
             _evict_host_leaf(cache, node)
         node = parent
     return None
@@ -266,10 +284,10 @@ def _sessions(cache: Any) -> _Sessions:
     return sessions
 
 
-def _upwards(node: Any) -> list[Any]:
+def _upwards(node: Any) -> list[int]:
     path = []
     while node is not None and node.parent is not None:
-        path.append(node)
+        path.append(int(node.id))
         node = node.parent
     return path
 
