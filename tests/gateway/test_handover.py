@@ -92,3 +92,20 @@ async def test_an_end_comes_before_the_prefill_of_what_follows_it(
     assert len(prefiller.bodies("/generate")) == 2
     assert len(decoder.bodies("/close_session")) == 3  # and none after it
     cluster.settled()
+
+
+async def test_pages_of_a_conversation_that_lived_before_this_gateway_leave_the_store(
+    make_cluster: Any, fake_engine: Any, long_text: str
+) -> None:
+    key = {"placement_key": "0123456789abcdef"}
+    decoder = fake_engine(store_role="decode")
+    cluster = await make_cluster([fake_engine(store_role="prefill")], [decoder], gateway=key)
+    first = await cluster.chat("c", long_text)
+    assert first.headers["x-conserve-transfers"] == "1"
+    restarted = await make_cluster(0, [decoder], gateway=key)
+    named = {"x-conserve-placement": first.headers["x-conserve-placement"]}
+    await restarted.chat("c", long_text, "a", "b", headers=named)
+    await restarted.ask("DELETE", "/conserve/v1/conversations/c")
+    await restarted.until(lambda: len(decoder.bodies("/close_session")) >= 3)
+    assert decoder.bodies("/close_session")[-1]["session_id"].endswith("!end")
+    restarted.settled()

@@ -85,7 +85,7 @@ class Turn:
         self.tags = tags
         self.conversation = conversation
         self.mark = mark
-        self.index = conversation.turn_index(tags.turn_id, relation)
+        self.index = conversation.turn_index(tags.turn_id, relation, tags.turn_index)
         self.ids: list[int] | None = request.token_ids
         self.prompt_tokens = 0
         self.arrived_s = arrived_s
@@ -275,6 +275,7 @@ class Turn:
             if hint is not None:
                 conversation.turns = hint.turns
                 conversation.transfers = hint.transfers
+                conversation.in_store = hint.transfers > 0
                 conversation.turn_ids = None
                 self.index = conversation.turn_index(tags.turn_id, self.relation)
         reusable = None
