@@ -115,7 +115,9 @@ class ConServeProxyHook(CustomLogger):
             for name, value in (upstream or {}).items()
             if name.startswith(f"{_UPSTREAM}x-conserve-")
         }
-        if response is not None:
+        # Nothing is known of a stream that is yet to be opened: the provider, where it is ours,
+        # hears its answer.
+        if response is not None and (headers or not data.get("stream")):
             under_way = self._take(data)
             if under_way is not None:
                 under_way.conversation.observe(headers, turn_id=under_way.turn_id)

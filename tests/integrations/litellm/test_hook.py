@@ -103,6 +103,26 @@ async def test_a_request_that_came_right_after_all_is_over(
     assert following["extra_headers"][wire.PLACEMENT] == "place-2"
 
 
+async def test_a_streams_answer_is_heard_when_it_comes(
+    hook: Any, come: Come, ask: dict[str, Any], aprovider: Any
+) -> None:
+    """The proxy says that a stream goes out before it is opened."""
+    data = await come(stream=True)
+    answer = await litellm.acompletion(**ask, extra_headers=data["extra_headers"], stream=True)
+    await hook.async_post_call_response_headers_hook(data, None, answer)
+    assert [chunk async for chunk in answer]
+    assert (await come())["extra_headers"][wire.PLACEMENT] == "place-1"
+
+
+async def test_a_stream_that_cannot_be_opened_and_comes_again_is_the_same_turn(
+    hook: Any, come: Come
+) -> None:
+    first = await come(stream=True)
+    await hook.async_post_call_response_headers_hook(first, None, object())
+    await hook.async_post_call_failure_hook(first, RuntimeError("no engine"), None)
+    assert turn(await come(stream=True)) == turn(first)
+
+
 async def test_an_answer_without_a_gateway_behind_it_says_nothing(hook: Any, come: Come) -> None:
     data = await come()
     assert await hook.async_post_call_response_headers_hook(data, None, object()) is None
