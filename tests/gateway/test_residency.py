@@ -56,6 +56,24 @@ async def test_expired_conversation_is_released(make_cluster: Any) -> None:
     cluster.settled()
 
 
+async def test_messages_of_an_expired_conversation_lead_nowhere(
+    make_cluster: Any, reply: Any
+) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1, scheduler={"idle_timeout_s": 0.05})
+    first = (await cluster.chat(None, "hi")).headers["x-conserve-conversation-id"]
+    await cluster.decoders[0].until("/close_session")
+    go = asyncio.Event()
+    cluster.decoders[0].replies += [reply(before=go), reply(before=go)]
+    pending = []
+    for _ in range(2):  # at once, so that none of them expires in between
+        pending.append(asyncio.ensure_future(cluster.chat(None, "hi")))
+        await cluster.decoders[0].until("/v1/chat/completions")
+    go.set()
+    anew, twin = [await one for one in pending]
+    assert [r.headers["x-conserve-relation"] for r in (anew, twin)] == ["new", "fork"]
+    assert first not in {r.headers["x-conserve-conversation-id"] for r in (anew, twin)}
+
+
 async def test_memory_of_conversations_is_bounded(make_cluster: Any) -> None:
     cluster = await make_cluster(prefillers=0, decoders=1, gateway={"max_conversations": 3})
     for number in range(8):

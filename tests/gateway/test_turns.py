@@ -298,6 +298,24 @@ async def test_turn_index_of_a_conversation_that_lived_before(make_cluster: Any)
     assert third.headers["x-conserve-turn-index"] == "3"
 
 
+async def test_parallel_calls_that_open_a_conversation_may_arrive_in_any_order(
+    make_cluster: Any, reply: Any
+) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1)
+    go = asyncio.Event()
+    cluster.decoders[0].replies += [reply(before=go) for _ in range(3)]
+    pending = []
+    for n in ("3", "1", "2"):
+        headers = {"x-conserve-turn-id": f"t{n}", "x-conserve-turn-index": n}
+        pending.append(asyncio.ensure_future(cluster.chat("c", f"q{n}", headers=headers)))
+        await cluster.decoders[0].until("/v1/chat/completions")
+    go.set()
+    indexes = [(await one).headers["x-conserve-turn-index"] for one in pending]
+    assert indexes == ["3", "1", "2"]
+    after = await cluster.chat("c", "q4", headers={"x-conserve-turn-id": "t4"})
+    assert after.headers["x-conserve-turn-index"] == "4"
+
+
 async def test_decisions_are_journalled_while_the_gateway_runs(
     make_cluster: Any, tmp_path: Any
 ) -> None:

@@ -135,13 +135,17 @@ class Conversation:
         """Whether no turn of it has been seen yet."""
         return self.turns == 0 and self.running == 0 and self.turn_ids is None
 
-    def turn_index(self, turn_id: str | None, relation: Relation) -> int:
+    def turn_index(
+        self, turn_id: str | None, relation: Relation, claimed: int | None = None
+    ) -> int:
         """The index of a turn that arrives now: a client's retry gets the one it had.
 
         Args:
             turn_id: the client's own id of the call; the same on every retry of it.
             relation: how its prompt stands to the previous one; without a turn id, the same
                 prompt sent again is a retry.
+            claimed: the client's own number, believed as long as nothing was answered here: the
+                conversation lived before this gateway did, or parallel calls open it.
         """
         if turn_id is None:
             return self.turns if relation is Relation.REPLAY and self.turns else self.turns + 1
@@ -149,7 +153,9 @@ class Conversation:
             self.turn_ids = {}
         index = abs(self.turn_ids.get(turn_id, 0))
         if not index:
-            index = max([self.turns, *map(abs, self.turn_ids.values())]) + 1
+            known = [abs(other) for other in self.turn_ids.values()]
+            believed = claimed is not None and self.turns == 0 and claimed not in known
+            index = claimed if claimed and believed else max([self.turns, *known]) + 1
             self.turn_ids[turn_id] = index
             self._forget_turn_ids(self.turn_ids)
         return index

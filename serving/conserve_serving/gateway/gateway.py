@@ -213,7 +213,7 @@ class Gateway:
         )
         mark, kept_bytes = PrefixMark(request), 0
         conversation, relation = self._identify(request, tags, mark)
-        if tags.turn_index is not None and conversation.is_new:
+        if tags.turn_index is not None and tags.turn_id is None and conversation.is_new:
             conversation.turns = tags.turn_index - 1  # it lived before this gateway did
         if conversation.mark is not None:
             relation, kept_bytes = conversation.mark.compare(mark, request)
@@ -346,9 +346,12 @@ class Gateway:
         """A conversation is over: its KV is freed once its running turns have ended."""
         self.conversations.end(conversation)
         self.runtime.handle(ConversationEnded(conversation=conversation.key))
+        self._forget_lineage(conversation)
+        self.if_over(conversation)
+
+    def _forget_lineage(self, conversation: Conversation) -> None:
         if self._lineage is not None:
             self._lineage.forget(conversation.key)
-        self.if_over(conversation)
 
     def if_over(self, conversation: Conversation) -> None:
         """Once a conversation has ended and none of its turns runs: clear the store."""
@@ -365,6 +368,7 @@ class Gateway:
     def _forgotten(self, conversation: Conversation) -> None:
         """Memory is full: what nobody remembers must not hold KV."""
         self.runtime.handle(ConversationEnded(conversation=conversation.key))
+        self._forget_lineage(conversation)
         if conversation.session is not None:
             self.sessions.release(conversation, conversation.session[0])
         self.sessions.end(conversation, self.fleet.serving())
@@ -381,6 +385,7 @@ class Gateway:
         self.sessions.release(conversation, decision.engine)
         if decision.reason is Reason.CONVERSATION_EXPIRED and not conversation.running:
             self.conversations.end(conversation)
+            self._forget_lineage(conversation)
             self.if_over(conversation)
 
     # --- engines -----------------------------------------------------------------------------
