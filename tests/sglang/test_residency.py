@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -197,3 +200,49 @@ def test_the_books_agree_with_the_engine(make_gateway: Any, bed: Any, random_ids
         'conserve_engine_kv_drift_tokens{engine="d0",tier="decode"} 0.0'
         in gateway.ask("GET", "/metrics").body.decode()
     )
+
+
+def test_nothing_is_left_when_all_conversations_have_ended(
+    gateway: Any, bed: Any, random_ids: Any
+) -> None:
+    """Names used again at once, common prompts, branches, and clients that leave."""
+    system = random_ids(400)
+    prompts = [
+        [[*system, *random_ids(60 + 40 * n), *random_ids(30)] for n in range(4)] for _ in "abc"
+    ]
+
+    def live(name: str, mine: list[list[int]]) -> None:
+        for number, prompt in enumerate(mine):
+            reply = gateway.complete(name, prompt, 6)
+            assert reply.status == 200, reply.body
+            context = [*prompt, *reply.choice["token_ids"]]
+            for branch in range(1 + number % 2):
+                tail = [*context, *system[branch : branch + 40]]
+                assert gateway.complete(name, tail, 4).status == 200
+            leave(gateway.port, name, [*context, *system[:90]])
+            gateway.end(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(live, ["a", "b", "a"], prompts))
+    for name in ("a", "b"):
+        gateway.end(name)
+
+    def left() -> list[Any]:
+        folders = [bed.store / "tiny" / name for name in ("conversations", "pages", "drafts")]
+        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        held = [gateway.engine(name)["kv_reported_tokens"] for name in ("d0", "d1")]
+        return [path.name for path in files] + [tokens for tokens in held if tokens]
+
+    gateway.until(lambda: not left(), within_s=20)
+    for engine in bed.engines.values():
+        assert "ConServe plug-in" not in engine.log.read_text(errors="replace")
+
+
+def leave(port: int, name: str, prompt: list[int]) -> None:
+    """Ask for much, and go when it begins."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 200, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": "application/json", "X-ConServe-Conversation-ID": name}
+    connection.request("POST", "/v1/completions", json.dumps(body | {"ignore_eos": True}), headers)
+    connection.getresponse().read(1)
+    connection.close()

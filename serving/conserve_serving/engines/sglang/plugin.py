@@ -7,6 +7,8 @@ Hooks, applied through SGLang's hook registry, idle unless the engine runs our s
   stored again, for SGLang itself stores a page once and never looks back;
 - a request keeps its session from timing out: SGLang counts from the opening, and would take the
   protection of every conversation away that lasts longer;
+- what a request leaves in the tree is its session's, also when it was aborted, and goes with it,
+  also when the request ends after its session;
 - when a session is closed with a mark (:mod:`marks`), the KV that only this session held leaves the
   device and the host tier, or its pages the store. SGLang itself only takes the protection away;
 - what could not leave at once, because a copy was under way, leaves a few steps later;
@@ -49,6 +51,7 @@ def register() -> None:
 
     HookRegistry.register(f"{_TREE}.checkpoint_into_tree", prompt_cached, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.handle_generate_request", session_used, HookType.BEFORE)
+    HookRegistry.register(f"{_TREE}.on_release", request_over, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.close_session", session_closed, HookType.AROUND)
     HookRegistry.register(f"{_TREE}.release_radix_session", session_let_go, HookType.BEFORE)
     HookRegistry.register(f"{_TREE}.check_hicache_events", step_taken, HookType.AFTER)
@@ -166,6 +169,23 @@ def session_used(scheduler: Any, request: Any, **_: Any) -> None:
     session = scheduler.session_controller.get(request.session_id)
     if session is not None:
         session.last_active_time = time.monotonic()
+
+
+@_harmless
+def request_over(result: object, cache: Any, req: Any, **_: Any) -> None:
+    """After a request has let go of its KV: see that what is in the tree goes with its session.
+
+    SGLang itself forgets whose it is when the request was aborted.
+    """
+    name = req.session_id
+    if not name or req.last_node is None or not req.finished():
+        return
+    if _store(cache) is None or not cache.enable_session_radix_cache:
+        return
+    if cache.session_refs._session_generations.get(name) == req.session_generation:
+        cache.session_refs.register_session_ref(req, leaf=req.last_node)  # again does nothing
+    else:  # closed since it began
+        _sessions(cache).leaving.append(req.last_node)
 
 
 def session_closed(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
