@@ -189,6 +189,29 @@ async def test_a_responses_request_as_a_chat_completion(make_cluster: Any) -> No
     assert (sent["reasoning_effort"], sent["max_completion_tokens"]) == ("xhigh", 9)
 
 
+async def test_a_response_continued_twice_at_once_is_a_branch(
+    make_cluster: Any, reply: Any
+) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1)
+    first = await cluster.ask("POST", RESPONSES, ask(RESPONSES))
+    go = asyncio.Event()
+    cluster.decoders[0].replies += [reply(status=400, body=b"{}"), reply(before=go)]
+    on = ask(RESPONSES, "on", previous_response_id=first.json()["id"])
+    refused = await cluster.ask("POST", RESPONSES, on)
+    waiting = asyncio.ensure_future(cluster.ask("POST", RESPONSES, on))
+    for _ in range(3):
+        await cluster.decoders[0].until("/v1/chat/completions")
+    branch = await cluster.ask("POST", RESPONSES, {**on, "input": "another way"})
+    go.set()
+    trunk = await waiting
+    ids = [a.headers["x-conserve-conversation-id"] for a in (first, refused, trunk, branch)]
+    assert ids[0] == ids[1] == ids[2] != ids[3]  # to try again is not to branch
+    relations = [a.headers["x-conserve-relation"] for a in (trunk, branch)]
+    assert relations == ["extend", "fork"]
+    seen = (await cluster.ask("GET", f"/conserve/v1/conversations/{ids[3]}")).json()
+    assert seen["parent"] == ids[0]
+
+
 # --- streams ---------------------------------------------------------------------------------
 @PATHS
 async def test_first_token_is_passed_on_before_the_second_exists(

@@ -23,6 +23,7 @@ from conserve_serving.gateway.errors import (
     quoted,
 )
 from conserve_serving.gateway.http_exchange import Body, Exchange, Request
+from conserve_serving.gateway.identity import scoped
 from conserve_serving.gateway.request import Original, decode_body
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class ResponsesApi:
             prompt_field="input",
             identity=asked.identity,
             continues=entry.conversation if entry is not None and asked.previous else None,
-            branches=entry is not None and entry.continued,
+            branches=entry is not None and (entry.continued or self._runs(entry, asked, tenant)),
         )
         turn: Turn | None = None
 
@@ -99,6 +100,11 @@ class ResponsesApi:
             arrived_s=arrived_s,
         )
         return turn
+
+    def _runs(self, entry: Entry, asked: ResponsesRequest, tenant: str) -> bool:
+        """Whether somebody goes on in the entry's conversation at this moment."""
+        key = scoped(tenant, asked.fields["model"], entry.conversation)
+        return self._gateway.conversations.is_running(key)
 
     def _continued(self, asked: ResponsesRequest, tenant: str) -> Entry | None:
         """What the request builds on, where it names something."""
