@@ -109,3 +109,16 @@ async def test_pages_of_a_conversation_that_lived_before_this_gateway_leave_the_
     await restarted.until(lambda: len(decoder.bodies("/close_session")) >= 3)
     assert decoder.bodies("/close_session")[-1]["session_id"].endswith("!end")
     restarted.settled()
+
+
+async def test_another_engine_clears_the_store_where_the_first_cannot(
+    make_cluster: Any, fake_engine: Any, long_text: str
+) -> None:
+    prefiller, decoder = fake_engine(store_role="prefill"), fake_engine(store_role="decode")
+    cluster = await make_cluster([prefiller], [decoder])
+    await cluster.chat("c", long_text)
+    decoder.healthy = False  # it answers 503, and has not been missed yet
+    await cluster.ask("DELETE", "/conserve/v1/conversations/c")
+    await cluster.until(lambda: len(prefiller.bodies("/close_session")) == 1)
+    assert prefiller.bodies("/close_session")[0]["session_id"].endswith("!end")
+    cluster.settled()

@@ -161,8 +161,19 @@ class Sessions:
         conversation.in_store = False
         able = [engine for engine in engines if engine.has_store]
         able.sort(key=lambda engine: engine.id != conversation.decoder)
+
+        async def forget(name: str) -> None:
+            for engine in able:  # any of them can do it for all
+                try:
+                    await engine.client.forget_pages(name)
+                    break
+                except EngineHttpError as error:
+                    if engine is able[-1]:
+                        raise
+                    _log.warning("clearing the store by %s: %s", engine.id, error)
+
         if able:
-            self._run(conversation.key, able[0], able[0].client.forget_pages)
+            self._run(conversation.key, able[0], forget)
 
     def _run(
         self, key: ConversationId, engine: Engine, *calls: Callable[[str], Awaitable[None]]
