@@ -174,3 +174,20 @@ async def test_drift_is_what_an_engine_holds_beyond_the_ledger(
     assert engine["kv_drift_tokens"] == 640
     metrics = (await cluster.ask("GET", "/metrics")).body.decode()
     assert 'conserve_engine_kv_drift_tokens{engine="d0",tier="decode"} 640.0' in metrics
+
+
+async def test_a_parked_conversation_that_is_forgotten_leaves_its_engine(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    decoder = fake_engine(kv_capacity_tokens=1200, store_role="decode")
+    cluster = await make_cluster(
+        0, [decoder], tiers={"host_capacity_tokens": 5000}, gateway={"max_conversations": 2}
+    )
+    await cluster.chat("idle", "x" * 3000, max_tokens=1)
+    await cluster.chat("busy", "y" * 3000, max_tokens=1)  # parks the idle one
+    await decoder.until("/close_session")
+    name = decoder.bodies("/close_session")[0]["session_id"]
+    assert (await cluster.chat("third", "hi", max_tokens=1)).status == 200  # one too many
+    freed = {"session_id": f"{name}!free"}
+    await cluster.until(lambda: freed in decoder.bodies("/close_session"))
+    cluster.settled()

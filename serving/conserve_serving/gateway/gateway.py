@@ -369,8 +369,8 @@ class Gateway:
         """Memory is full: what nobody remembers must not hold KV."""
         self.runtime.handle(ConversationEnded(conversation=conversation.key))
         self._forget_lineage(conversation)
-        if conversation.session is not None:
-            self.sessions.release(conversation, conversation.session[0])
+        if conversation.decoder is not None:  # parked there, perhaps
+            self.sessions.release(conversation, conversation.decoder)
         self.sessions.end(conversation, self.fleet.serving())
 
     def _carry_out(self, decision: Park | Release) -> None:
