@@ -316,6 +316,27 @@ async def test_parallel_calls_that_open_a_conversation_may_arrive_in_any_order(
     assert after.headers["x-conserve-turn-index"] == "4"
 
 
+async def test_parallel_calls_of_other_clients_are_turns_of_their_own(
+    make_cluster: Any, reply: Any
+) -> None:
+    cluster = await make_cluster(prefillers=0, decoders=1)
+    session = {"x-session-id": "s"}  # and no id of the call
+    cluster.decoders[0].replies += [reply(status=400, body=b"{}")]
+    refused = await cluster.chat(None, "q0", headers=session)
+    go = asyncio.Event()
+    cluster.decoders[0].replies += [reply(before=go) for _ in range(3)]
+    pending = []
+    await cluster.decoders[0].until("/v1/chat/completions")
+    for n in range(3):
+        pending.append(asyncio.ensure_future(cluster.chat(None, f"q{n}", headers=session)))
+        await cluster.decoders[0].until("/v1/chat/completions")
+    go.set()
+    answers = [refused, *[await one for one in pending]]
+    answers.append(await cluster.chat(None, "q4", headers=session))
+    indexes = [answer.headers["x-conserve-turn-index"] for answer in answers]
+    assert indexes == ["1", "1", "2", "3", "4"]
+
+
 async def test_decisions_are_journalled_while_the_gateway_runs(
     make_cluster: Any, tmp_path: Any
 ) -> None:

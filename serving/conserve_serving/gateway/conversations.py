@@ -55,6 +55,7 @@ class Conversation:
     """One conversation. Times are wall seconds of the registry's clock."""
 
     __slots__ = (
+        "begun",
         "bytes_per_token",
         "cached_tokens",
         "content_bytes",
@@ -107,6 +108,7 @@ class Conversation:
         self.in_store = False
         self.running = 0
         self.turns = 0  # highest turn index that finished
+        self.begun = 0  # highest turn index given to a call without an id, while any runs
         #: Indexes by the client's ids, negative once the turn was answered.
         self.turn_ids: dict[str, int] | None = None
         self.first_turn_tokens: int | None = None
@@ -148,7 +150,11 @@ class Conversation:
                 conversation lived before this gateway did, or parallel calls open it.
         """
         if turn_id is None:
-            return self.turns if relation is Relation.REPLAY and self.turns else self.turns + 1
+            if relation is Relation.REPLAY and self.turns:
+                return self.turns
+            # What failed was no turn; what still runs is one.
+            self.begun = (max(self.turns, self.begun) if self.running else self.turns) + 1
+            return self.begun
         if self.turn_ids is None:
             self.turn_ids = {}
         index = abs(self.turn_ids.get(turn_id, 0))

@@ -276,7 +276,7 @@ class Turn:
                 conversation.turns = hint.turns
                 conversation.transfers = hint.transfers
                 conversation.in_store = hint.transfers > 0
-                conversation.turn_ids = None
+                conversation.turn_ids, conversation.begun = None, 0
                 self.index = conversation.turn_index(tags.turn_id, self.relation)
         reusable = None
         if self.relation is Relation.REWRITE:
