@@ -1,4 +1,4 @@
-"""What several folders share: the session's real SGLang engines, for tests marked ``sglang``."""
+"""What several folders share: how property tests run, and the session's real SGLang engines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+if importlib.util.find_spec("hypothesis"):  # not in every environment
+    from hypothesis import settings
+
+    # A slow machine is no failure: no test is a timed one.
+    settings.register_profile("project", deadline=None)
+    settings.load_profile("project")
 
 
 def _load_testbed() -> ModuleType:
