@@ -89,6 +89,7 @@ class FakeEngine:
     held_tokens: int = 0
     host_total_tokens: int | None = None
     store_role: str | None = None
+    version: str = ""
     acknowledge: Callable[[dict[str, Any]], Awaitable[None]] | None = None
     ack_tokens: int | None = None
     prefill_gate: asyncio.Event | None = None
@@ -189,6 +190,8 @@ class FakeEngine:
                     "enable_session_radix_cache": True,
                     "enable_priority_scheduling": True,
                 }
+                if self.version:
+                    info["version"] = self.version
                 if self.store_role is not None:
                     extra = {"module_path": "conserve_serving.x", "role": self.store_role}
                     info["hicache_storage_backend_extra_config"] = json.dumps(extra)

@@ -144,6 +144,19 @@ async def test_what_was_never_handed_over_is_in_no_store(
     cluster.settled()
 
 
+async def test_sglang_without_our_store_is_no_prefiller(
+    make_cluster: Any, fake_engine: Any
+) -> None:
+    """Every first turn would wait for its acknowledgement in vain."""
+    bare = [fake_engine(version="0.5.23")]
+    cluster = await make_cluster(bare, [fake_engine(version="0.5.23")], wait=False)
+    await cluster.until(lambda: cluster.gateway.fleet.get("p0").state == "unfit")
+    assert "without our hand-off store" in str(cluster.gateway.fleet.get("p0").note)
+    await cluster.until(lambda: cluster.gateway.fleet.get("d0").state == "ready")
+    other = await make_cluster(bare, 1, scheduler={"policy": "collocated"}, wait=False)
+    await other.until(lambda: other.gateway.fleet.get("p0").state == "ready")
+
+
 async def test_a_prefiller_whose_store_only_reads_is_unfit(
     make_cluster: Any, fake_engine: Any
 ) -> None:

@@ -58,6 +58,11 @@ class EngineDescription:
     emulated: EmulatedExtension | None
     handoff_role: str | None = None
 
+    @property
+    def cannot_acknowledge(self) -> bool:
+        """Whether it is SGLang without our store, which will never say that a prompt is stored."""
+        return bool(self.version) and self.emulated is None and self.handoff_role is None
+
     def priority_field(self, priority: int) -> int | None:
         """The value to send for ``priority`` (larger first); None: send none."""
         if not self.takes_priority:

@@ -44,6 +44,7 @@ class Fleet:
         make_client: a client for an engine's URL.
         wall: wall seconds, monotonic.
         on_speed: told the cluster's speed factor when the first engine joins.
+        hands_over: prefillers are there to hand KV over.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Fleet:
         make_client: Callable[[str], EngineClient],
         wall: Callable[[], float],
         on_speed: Callable[[float], None],
+        hands_over: bool,
     ) -> None:
         self._settings = settings
+        self._hands_over = hands_over
         self._emit = emit
         self._energy = energy
         self._make_client = make_client
@@ -208,6 +211,12 @@ class Fleet:
             raise EngineUnfitError(
                 f"engine {engine.id} serves {description.model!r}, its tier says {wanted!r}: "
                 "correct tiers.model or start the engine with --served-model-name"
+            )
+        if engine.tier is Tier.PREFILL and self._hands_over and description.cannot_acknowledge:
+            raise EngineUnfitError(
+                f"engine {engine.id} is a prefiller without our hand-off store: every first turn "
+                "would wait for an acknowledgement in vain; start it with the store (docs: "
+                "operations), or attach it as a decoder"
             )
         if engine.tier is Tier.PREFILL and description.handoff_role == "decode":
             raise EngineUnfitError(

@@ -105,6 +105,7 @@ class Gateway:
             make_client=make_client or self._make_client,
             wall=wall,
             on_speed=self.runtime.clock.set_speed,
+            hands_over=config.scheduler.policy == "conserve",
         )
         self.handoffs = Handoffs(on_late=self._stored_late)
         self.sessions = Sessions(
