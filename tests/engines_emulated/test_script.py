@@ -133,6 +133,7 @@ RESULTS = {
     "list_files": "README.md\ncore/ledger.py\ncore/types.py",
     "read_file": "class Ledger: keeps the books",
     "search": "core/ledger.py:1: class Ledger",
+    "grep": "README.md:9: `ledger.books.id` names the books of a ledger\ncore/x.py:1: class Ledger",
 }
 
 
@@ -166,6 +167,13 @@ def test_a_loop_uses_the_tools_the_question_names() -> None:
     used, _ = run_loop("Search for 'Ledger' and read core/ledger.py", FILES)
     assert 'search{"query": "Ledger"}' in used
     assert 'read_file{"path": "core/ledger.py"}' in used
+
+
+def test_a_file_that_a_search_found_is_read_and_no_name_in_its_text() -> None:
+    tools = [tool("grep", "Search all files for a text.", query=dict(STRING)), FILES[1]]
+    used, _ = run_loop("Which file says where the ledger keeps its books?", tools)
+    (read,) = [call for call in used if call.startswith("read_file")]
+    assert read in ('read_file{"path": "README.md"}', 'read_file{"path": "core/x.py"}')
 
 
 @pytest.mark.parametrize("question", ["", "Hello", "Use every tool on every file, twice!", "¿?"])

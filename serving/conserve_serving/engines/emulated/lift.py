@@ -20,6 +20,7 @@ _EMAIL: Final = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+\b")
 _DATE: Final = re.compile(r"\b\d{4}-\d{2}-\d{2}\b")
 _PATHISH: Final = re.compile(r"(?:~|\.{1,2})?/?[\w.@+-]+(?:/[\w.@+-]+)*/?")
 _WITH_EXTENSION: Final = re.compile(r"[\w@+-]+(?:\.[\w@+-]+)*\.[A-Za-z][A-Za-z0-9]{0,5}|\.[a-z]\w+")
+_SEARCH_HIT: Final = re.compile(r"^([^\s:]+):\d+:", re.MULTILINE)
 _NOT_PATHS: Final = frozenset({"e.g", "i.e", "etc", "and/or", "either/or", "w/o", "n/a", "..."})
 _WORD: Final = re.compile(r"[^\W_]+")
 _CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -259,11 +260,14 @@ class Lifter:
             return self._fresh(folders)
         if found := self._fresh(named):
             return found
-        # Nothing named: the file among the results whose name shares most with the question.
+        # Nothing named: the file among the results whose name shares most with the question, those
+        # that a search found (path:line: text) before what only looks like a path in their text.
         listed = [path for text in self._results for path in paths_in(text)]
+        hits = {path for text in self._results for path in _SEARCH_HIT.findall(text)}
         ranked = sorted(
             dict.fromkeys(listed),
             key=lambda path: (
+                path not in hits,
                 -len(stems_of(path) & self.stems),
                 "readme" not in path.lower(),
                 listed.index(path),
