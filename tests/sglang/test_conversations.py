@@ -146,7 +146,7 @@ def test_the_same_prompt_again_is_handed_over_again(
         reply = gateway.complete(conversation, [*shared, *random_ids(40 * (number % 2))], 4)
         assert reply.headers["x-conserve-prefill-engine"] == "p0"
         gateway.end(conversation)
-        gateway.until(lambda: not list(homes.iterdir()), within_s=5)
+        gateway.until(lambda: not list(homes.iterdir()))
         for decoder in bed.decoders:
             decoder.flush()
     counters = gateway.cluster()["counters"]

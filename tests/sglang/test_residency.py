@@ -112,7 +112,7 @@ def test_ending_one_of_two_with_a_common_prompt_leaves_the_other_whole(
     answers = {name: gateway.complete(name, prompt, 8) for name, prompt in prompts.items()}
     gateway.end("ends")
     homes = bed.store / "tiny" / "conversations"
-    gateway.until(lambda: len(list(homes.iterdir())) == 1, within_s=5)
+    gateway.until(lambda: len(list(homes.iterdir())) == 1)
     context = [*prompts["stays"], *answers["stays"].choice["token_ids"]]
     again = gateway.complete("stays", [*context, *random_ids(20)], 4)
     assert again.cached_tokens >= len(context) - PAGE - 1
