@@ -221,7 +221,7 @@ class ConversationMiddleware(AgentMiddleware[ConversationState, Any, Any]):
             if hidden:
                 changed["model"] = model.model_copy(update={"include_response_headers": True})
             return _Turn(call, request.override(**changed), messages, hide_headers=hidden)
-        except BaseException:
+        except BaseException:  # whatever it was, the call is not running; raised again
             call.end()
             raise
 

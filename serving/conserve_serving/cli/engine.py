@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from conserve_serving.cli.commands import engine_command, engine_spec
 from conserve_serving.cli.errors import EXIT_FAILED, EXIT_OK, BadInputError
 from conserve_serving.cli.ports import DEFAULT_PORT, is_ours, url_host
 from conserve_serving.cli.sglang_tiers import ACK_PATH, sglang_engines, store_settings
+from conserve_serving.cli.stopping import StopSignals
 from conserve_serving.cli.store_place import make_store
 from conserve_serving.cli.up import make_run_dir
 from conserve_serving.engines.sglang.flags import SglangEngine, StoreSettings
@@ -99,24 +99,13 @@ def plan_engine(
 
 
 async def _run(engine: SglangEngine, store: StoreSettings, folder: Path) -> int:
-    stopping = asyncio.Event()
-    signals = 0
     spec = engine_spec(
         engine, engine_command(engine, store), log_path=folder / f"{engine.id}.log", echo=_echo
     )
     child = Child(spec, notify=_notify)
 
-    def on_signal() -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            child.kill()
-        stopping.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal)
-    stop = asyncio.create_task(stopping.wait())
+    signals = StopSignals(child.kill)
+    stop = asyncio.create_task(signals.stopping.wait())
     kept = asyncio.create_task(_keep(child, engine))
     try:
         await asyncio.wait([stop, kept], return_when=asyncio.FIRST_COMPLETED)
@@ -128,7 +117,7 @@ async def _run(engine: SglangEngine, store: StoreSettings, folder: Path) -> int:
         await asyncio.gather(stop, kept, return_exceptions=True)
         in_time = await child.stop()
     _notify(f"{engine.id} has stopped")
-    return EXIT_OK if in_time and signals < 2 else EXIT_FAILED
+    return EXIT_OK if in_time and signals.count < 2 else EXIT_FAILED
 
 
 async def _keep(child: Child, engine: SglangEngine) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from conserve_serving.cli.errors import EXIT_FAILED, EXIT_OK, BadInputError, Cli
 from conserve_serving.cli.live import Reporter
 from conserve_serving.cli.params import FiniteRange
 from conserve_serving.cli.ports import DEFAULT_PORT
+from conserve_serving.cli.stopping import StopSignals
 from conserve_serving.cli.supervisor import ClusterPlan, Supervisor
 from conserve_serving.engines.sglang.flags import SglangEngine
 
@@ -175,29 +175,17 @@ async def _up(
     stop_with_stdin: bool,
 ) -> int:
     """Run until a signal, then drain. The exit code."""
-    stopping = asyncio.Event()
-    signals = 0
-
-    def on_signal() -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            supervisor.kill()
-        stopping.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal)
+    signals = StopSignals(supervisor.kill)
     if stop_with_stdin:
-        _when_stdin_ends(loop, stopping)
+        _when_stdin_ends(asyncio.get_running_loop(), signals.stopping)
 
-    failure = await until_stopped(supervisor, reporter, stopping, ready)
+    failure = await until_stopped(supervisor, reporter, signals.stopping, ready)
     if failure is None:
         reporter.notify("draining: running turns finish first (Ctrl-C again stops at once)")
     in_time = await supervisor.stop()
     if failure is not None:
         raise failure
-    if signals > 1 or not in_time:
+    if signals.count > 1 or not in_time:
         reporter.notify("stopped before everything had drained")
         return EXIT_FAILED
     reporter.notify("drained and stopped")
