@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,6 +64,35 @@ def sglang_testbed(
             bed.acks.close()
         else:
             bed.close()
+
+
+@contextlib.contextmanager
+def _conserve_up(run_dir: Path) -> Iterator[str]:
+    argv = [sys.executable, "-m", "conserve_serving.cli", "up", "--port", "0", "--speed", "50"]
+    argv += ["--announce", "--exit-with-parent", "--run-dir", str(run_dir)]
+    with (run_dir / "up.log").open("wb") as log:
+        up = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+        assert up.stdin is not None and up.stdout is not None
+        try:
+            ready = up.stdout.readline()  # one line when it is up, none when it cannot be
+            if not ready:
+                pytest.fail(f"conserve up: {(run_dir / 'up.log').read_text()}")
+            yield str(json.loads(ready)["url"])
+            up.stdin.close()
+            assert up.wait(timeout=30) == 0
+        finally:
+            up.kill()
+            up.wait()
+            up.stdin.close()
+            up.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def conserve_up() -> Callable[[Path], contextlib.AbstractContextManager[str]]:
+    """Starts `conserve up` (emulated engines, 50 times as fast) in a folder; gives its URL."""
+    return _conserve_up
 
 
 _BED = pytest.StashKey[Any]()

@@ -6,10 +6,9 @@ Imports no framework: every environment of the matrix (see the Makefile) loads t
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,28 +62,13 @@ def reply() -> Any:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(
+    conserve_up: Callable[[Path], AbstractContextManager[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
     """Address of a real gateway over emulated engines, as `conserve up` starts them."""
-    run_dir = tmp_path_factory.mktemp("cluster")
-    argv = [sys.executable, "-m", "conserve_serving.cli", "up", "--port", "0", "--speed", "50"]
-    argv += ["--announce", "--exit-with-parent", "--run-dir", str(run_dir)]
-    with (run_dir / "up.log").open("wb") as log:
-        up = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-        )
-        assert up.stdin is not None and up.stdout is not None
-        try:
-            ready = up.stdout.readline()  # one line when it is up, none when it cannot be
-            if not ready:
-                pytest.fail(f"conserve up: {(run_dir / 'up.log').read_text()}")
-            yield f"{json.loads(ready)['url']}/v1"
-            up.stdin.close()
-            assert up.wait(timeout=30) == 0
-        finally:
-            up.kill()
-            up.wait()
-            up.stdin.close()
-            up.stdout.close()
+    with conserve_up(tmp_path_factory.mktemp("cluster")) as url:
+        yield f"{url}/v1"
 
 
 @pytest.fixture
