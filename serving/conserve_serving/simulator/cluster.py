@@ -291,7 +291,13 @@ class VirtualCluster:
         turn_id = TurnId(f"{spec.id}#{index + 1}")
         turn = _Turn(conversation, index, turn_id, prompt)
         conversation.context = [*runs, (f"{spec.id}/out{index}", 0, wanted.output_tokens)]
-        turn.result = TurnResult(conversation=spec.id, index=index + 1, arrived_s=self.now_s)
+        turn.result = TurnResult(
+            conversation=spec.id,
+            index=index + 1,
+            arrived_s=self.now_s,
+            prompt_tokens=wanted.prompt_tokens,
+            new_tokens=wanted.new_tokens,
+        )
         self.results.append(turn.result)
         self._turns[turn_id] = turn
         self._send(
