@@ -43,8 +43,25 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """A conversation; ``arrival_s`` is None where the trace does not say."""
+    """A conversation.
+
+    Attributes:
+        id: unique in its trace.
+        turns: at least one.
+        arrival_s: when it began; None where the trace does not say.
+        shared_prefix_tokens: leading tokens of the first prompt that other conversations of the
+            same ``shared_prefix_name`` begin with, too (tools, a system prompt).
+        shared_prefix_name: which prefix that is; empty where nothing is shared.
+        parent: the conversation whose sub-agent this one is; None: nobody's.
+        parent_turns: turns of the parent that had begun when this one did.
+        offset_s: seconds from the parent's beginning to this one's, as recorded.
+    """
 
     id: str
     turns: tuple[Turn, ...]
     arrival_s: float | None = None
+    shared_prefix_tokens: int = 0
+    shared_prefix_name: str = ""
+    parent: str | None = None
+    parent_turns: int = 0
+    offset_s: float = 0.0

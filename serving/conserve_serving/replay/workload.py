@@ -60,7 +60,7 @@ def scaled(conversation: Conversation, factor: float) -> Conversation:
     """The same conversation with other token counts: new and output tokens times ``factor``.
 
     Every turn keeps at least one new and one output token, and as much of the context before it
-    as it did, whole where it kept the whole.
+    as it did, whole where it kept the whole. What it shares with others shrinks with its prompt.
     """
     turns: list[Turn] = []
     for number, turn in enumerate(conversation.turns):
@@ -79,7 +79,8 @@ def scaled(conversation: Conversation, factor: float) -> Conversation:
                 output_tokens=max(1, round(turn.output_tokens * factor)),
             )
         )
-    return replace(conversation, turns=tuple(turns))
+    shared = min(round(conversation.shared_prefix_tokens * factor), turns[0].input_tokens)
+    return replace(conversation, turns=tuple(turns), shared_prefix_tokens=shared)
 
 
 def select(conversations: Iterable[Conversation], caps: Caps, *, name: str) -> Workload:
