@@ -24,6 +24,11 @@ class PowerModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         decode_p0_w, decode_ps_w: decode at an empty and at a saturated batch.
         decode_h: batch scale of the saturation, in requests.
         boards: GPU boards the engine spans (its tensor parallelism).
+        cap_w: power limit of a board, None: its rated one. Idle and prefill watts are the limited
+            ones (:meth:`capped` sees to it), decode is limited by batch.
+        cap_exponent: how much longer a decode step takes that would draw ``w`` above the limit:
+            ``(w / cap_w) ** cap_exponent``. 1: as much as it is short of power, energy per token
+            stays; 0: not at all, as where memory and not the clock is what it waits for.
     """
 
     idle_w: float
@@ -32,11 +37,37 @@ class PowerModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     decode_ps_w: float
     decode_h: float
     boards: int = 1
+    cap_w: float | None = None
+    cap_exponent: float = 1.0
 
     def decode_w(self, batch: float) -> float:
         """Watts while ``batch`` requests decode (a mean, perhaps), all boards together."""
+        wanted_w = self._wanted_w(batch)
+        return self.boards * (wanted_w if self.cap_w is None else min(wanted_w, self.cap_w))
+
+    def decode_stretch(self, batch: float) -> float:
+        """Duration of a decode step of ``batch`` requests over what it is without the limit."""
+        if self.cap_w is None:
+            return 1.0
+        return float(max(1.0, self._wanted_w(batch) / self.cap_w) ** self.cap_exponent)
+
+    def capped(self, cap_w: float, *, exponent: float = 1.0) -> PowerModel:
+        """The same board limited to ``cap_w``; what that costs in time is up to the caller.
+
+        Raises:
+            ValueError: the limit is not above idle power, or the exponent not between 0 and 1.
+        """
+        if cap_w <= self.idle_w:
+            raise ValueError(f"cap_w is {cap_w}: it must be above idle power, {self.idle_w} W")
+        if not 0.0 <= exponent <= 1.0:
+            raise ValueError(f"cap_exponent is {exponent}: it must be between 0 and 1")
+        return msgspec.structs.replace(
+            self, prefill_w=min(self.prefill_w, cap_w), cap_w=cap_w, cap_exponent=exponent
+        )
+
+    def _wanted_w(self, batch: float) -> float:
         saturation = 1.0 - math.exp(-batch / self.decode_h)
-        return self.boards * (self.decode_p0_w + (self.decode_ps_w - self.decode_p0_w) * saturation)
+        return self.decode_p0_w + (self.decode_ps_w - self.decode_p0_w) * saturation
 
 
 class StateSeconds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

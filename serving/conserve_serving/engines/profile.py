@@ -7,6 +7,7 @@ A profile is a JSON file in ``profiles/``, written by ``benchmarks/profiles/make
 from __future__ import annotations
 
 import enum
+import math
 from functools import cache
 from importlib import resources
 from itertools import pairwise
@@ -38,6 +39,14 @@ class Confidence(enum.StrEnum):
     TABULATED = "tabulated"
     DERIVED = "derived"
     ASSUMED = "assumed"
+
+
+class PowerLevel(enum.StrEnum):
+    """One end of a power model's band, or its middle, which is what runs unless asked."""
+
+    LOW = "low"
+    MID = "mid"
+    HIGH = "high"
 
 
 class _Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,13 +126,20 @@ class DecodeKnee(_Data, frozen=True, tag_field="kind", tag="knee"):
 
 
 class HandoffAffine(_Data, frozen=True, tag_field="kind", tag="affine"):
-    """KV leaves over a link to a store in ``setup_ms + bytes / bytes_per_s``.
+    """KV leaves over a link in ``setup_ms + bytes / bytes_per_s``.
 
-    The receiver then loads it over its own host link.
+    ``via_store``: it goes to a store in host memory, and the receiver then loads it over its own
+    host link; otherwise it goes from device to device and the receiver pays nothing more.
     """
 
     setup_ms: float
     bytes_per_s: float
+    via_store: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a link that carries nothing."""
+        if self.bytes_per_s <= 0 or self.setup_ms < 0:
+            raise ValueError("bytes_per_s must be positive and setup_ms not negative")
 
 
 class HandoffFit(_Data, frozen=True, tag_field="kind", tag="fit"):
@@ -161,6 +177,8 @@ class HardwareProfile(_Data, frozen=True):
         chunk_tokens: token budget of one step.
         mixed_slowdown: time of a step with prefill and decode over the sum of the two alone.
         host_link_bytes_per_s: host to device, for parked KV and for KV from the store.
+        power_low, power_high: the least and the most that the power may be (docs/profiles.md);
+            None: a quarter less and more than ``power``.
         decode_grid: measured cells the decode part was fitted to; empty where it is a table.
     """
 
@@ -181,6 +199,8 @@ class HardwareProfile(_Data, frozen=True):
     decode: DecodeTable | DecodeKnee
     handoff: HandoffAffine | HandoffFit
     power: PowerModel
+    power_low: PowerModel | None = None
+    power_high: PowerModel | None = None
     decode_grid: tuple[GridCell, ...] = ()
 
     def __post_init__(self) -> None:
@@ -214,6 +234,46 @@ class HardwareProfile(_Data, frozen=True):
         except (TypeError, ValueError) as error:
             raise ProfileError(f"profile {self.name}: {error}") from error
 
+    def power_at(self, level: PowerLevel) -> PowerModel:
+        """The power model at one end of its band, or in its middle."""
+        if level is PowerLevel.MID:
+            return self.power
+        given = self.power_low if level is PowerLevel.LOW else self.power_high
+        return given or _scaled(self.power, 0.75 if level is PowerLevel.LOW else 1.25)
+
+    def capped(self, cap_w: float, *, exponent: float = 1.0) -> Self:
+        """The same engine with each board's power limited to ``cap_w``.
+
+        Prefill is bound by compute: its steps take longer by the share of power they miss. Decode
+        steps of batches that stay below the limit take what they did, the others longer by
+        ``(watts / cap_w) ** exponent``. Both are assumptions (docs/profiles.md).
+
+        Raises:
+            ProfileError: the limit is not above idle power, or the exponent not between 0 and 1.
+        """
+        stretch = max(1.0, self.power.prefill_w / cap_w) if cap_w > 0 else 1.0
+        note = f"; limited to {cap_w:g} W (derived: prefill {stretch:.2f} times as long)"
+        parts = dict(self.parts)
+        for name in ("prefill", "decode"):
+            confidence = max(parts[name].confidence, Confidence.DERIVED, key=_doubt)
+            parts[name] = Part(confidence=confidence, source=parts[name].source + note)
+        parts["power"] = Part(
+            confidence=Confidence.ASSUMED, source=f"{parts['power'].source}; limited to {cap_w:g} W"
+        )
+        try:
+            bands = {
+                field: self.power_at(level).capped(cap_w, exponent=exponent)
+                for field, level in _BANDS.items()
+            }
+        except ValueError as error:
+            raise ProfileError(f"profile {self.name}: {error}") from error
+        return self.replace(
+            name=f"{self.name}@{cap_w:g}W",
+            parts=parts,
+            prefill=_stretched(self.prefill, stretch),
+            **bands,
+        )
+
     def handoff_s(self, tokens: int) -> float:
         """Seconds for ``tokens`` of KV to leave this engine, on an idle link."""
         if tokens <= 0:
@@ -227,7 +287,8 @@ class HardwareProfile(_Data, frozen=True):
 
     def ingress_s(self, tokens: int) -> float:
         """Seconds for ``tokens`` of KV from the store to reach this device, on an idle link."""
-        return self.restore_s(tokens) if isinstance(self.handoff, HandoffAffine) else 0.0
+        form = self.handoff
+        return self.restore_s(tokens) if isinstance(form, HandoffAffine) and form.via_store else 0.0
 
     def restore_s(self, tokens: int) -> float:
         """Seconds to bring ``tokens`` of parked KV back from the host, on an idle link."""
@@ -240,7 +301,9 @@ class HardwareProfile(_Data, frozen=True):
         """
         form = self.handoff
         if isinstance(form, HandoffAffine):
-            per_byte_s = 1.0 / form.bytes_per_s + 1.0 / self.host_link_bytes_per_s
+            per_byte_s = 1.0 / form.bytes_per_s
+            if form.via_store:
+                per_byte_s += 1.0 / self.host_link_bytes_per_s
             setup_s = form.setup_ms / 1e3
         else:
             per_byte_s = form.us_per_token / 1e6 / self.kv_bytes_per_token
@@ -272,6 +335,35 @@ class HardwareProfile(_Data, frozen=True):
             decode_step_s_per_kv_token=(times.decode_s(16, half) - times.decode_s(16, 16)) / half,
             mixed_slowdown=self.mixed_slowdown,
         )
+
+
+_BANDS: Final = {
+    "power_low": PowerLevel.LOW,
+    "power": PowerLevel.MID,
+    "power_high": PowerLevel.HIGH,
+}
+
+
+def _doubt(confidence: Confidence) -> int:
+    return list(Confidence).index(confidence)
+
+
+def _scaled(power: PowerModel, factor: float) -> PowerModel:
+    """Every figure in watts times ``factor``, within the board's limit."""
+    watts = ("idle_w", "prefill_w", "decode_p0_w", "decode_ps_w")
+    top_w = math.inf if power.cap_w is None else power.cap_w
+    return msgspec.structs.replace(
+        power, **{name: min(getattr(power, name) * factor, top_w) for name in watts}
+    )
+
+
+def _stretched(form: PrefillTable | PrefillScan, factor: float) -> PrefillTable | PrefillScan:
+    """Prefill steps that take ``factor`` times as long."""
+    if isinstance(form, PrefillTable):
+        ms = tuple(tuple(value * factor for value in row) for row in form.ms)
+        return msgspec.structs.replace(form, ms=ms)
+    times = ("floor_ms", "offset_ms", "us_per_prefix_token", "us_per_new_token")
+    return msgspec.structs.replace(form, **{name: getattr(form, name) * factor for name in times})
 
 
 def _check_rising(name: str, values: tuple[int, ...]) -> None:

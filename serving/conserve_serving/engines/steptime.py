@@ -5,7 +5,8 @@ A step computes prompt chunks, decodes one token for each running request, or bo
 * **prefill** of several chunks together: one prefill of their total length on the *equivalent*
   prefix, the one that gives the same number of (query, key) pairs. Fixed costs are paid once and
   attention is neither lost nor counted twice;
-* **decode**: from the batch and the KV tokens read, piecewise linear in the latter;
+* **decode**: from the batch and the KV tokens read, piecewise linear in the latter; stretched
+  where the board's power limit is below what the batch would draw (``power.py``);
 * **mixed**: ``mixed_slowdown × (prefill + decode)``. The sum is the assumption, the factor says
   how far reality departs from it.
 """
@@ -99,7 +100,14 @@ class StepTimes:
 
     def _curve(self, batch: int) -> list[DecodeLine]:
         form = self._profile.decode
-        return _table_curve(form, batch) if isinstance(form, DecodeTable) else _knee(form, batch)
+        curve = _table_curve(form, batch) if isinstance(form, DecodeTable) else _knee(form, batch)
+        stretch = self._profile.power.decode_stretch(batch)
+        if stretch == 1.0:
+            return curve
+        return [
+            DecodeLine(line.base_s * stretch, line.s_per_kv_token * stretch, line.until_kv_tokens)
+            for line in curve
+        ]
 
 
 def _knee(form: DecodeKnee, batch: int) -> list[DecodeLine]:
