@@ -7,6 +7,10 @@ one): ``submit``, ``abort``, ``open_session``, ``close_session`` at any time; th
 for ``wake_at_s()`` and take what happened meanwhile from ``poll(now_s=t)``. Times are model
 seconds; a time before the latest one seen is taken for the latest.
 
+A driver that does not live in real time lets decode steps run together (``until_s``). A submission
+or an abort in the midst of them cuts them short (``step`` then ends earlier), and ``settle``
+accounts for those that are over: the outcome is always that of single steps.
+
 Rules, those of SGLang 0.5.23 with ``--enable-mixed-chunk`` and priority scheduling:
 
 * The queue is ordered by priority, then arrival. Its head is admitted when the device has room for
@@ -23,6 +27,7 @@ Rules, those of SGLang 0.5.23 with ``--enable-mixed-chunk`` and priority schedul
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Final
 
@@ -36,7 +41,13 @@ from conserve_serving.engines.errors import (
 from conserve_serving.engines.kv import KvPool
 from conserve_serving.engines.kv_nodes import Node
 from conserve_serving.engines.links import SerialLink
-from conserve_serving.engines.model_batch import DecodeBatch, State, Work, plan_burst
+from conserve_serving.engines.model_batch import (
+    DecodeBatch,
+    State,
+    Work,
+    burst_limit,
+    plan_burst,
+)
 from conserve_serving.engines.model_check import check_request
 from conserve_serving.engines.model_counters import Counters
 from conserve_serving.engines.model_desk import EPSILON_S, Desk
@@ -52,7 +63,7 @@ from conserve_serving.engines.model_types import (
     Step,
     TokensEmitted,
 )
-from conserve_serving.engines.power import EnergyMeter
+from conserve_serving.engines.power import EnergyMeter, StateSeconds
 from conserve_serving.engines.profile import HardwareProfile
 from conserve_serving.engines.steptime import StepTimes
 
@@ -124,6 +135,7 @@ class EngineModel:
             )
         check_request(request, self.config, self.profile, self.pool.capacity_tokens)
         self._advance(now_s)
+        self._cut(now_s)
         arrival_s = max(now_s, self._now_s)
         self._desk.enter(Work(request, self._arrivals, arrival_s, self.pool.root))
         self._arrivals += 1
@@ -150,6 +162,8 @@ class EngineModel:
         if work is None:
             return False
         self._advance(now_s)
+        self.settle(now_s=now_s)
+        self._cut(now_s)
         self._counters.aborted_requests += 1
         if work.state is State.DECODING:
             allocated = self._decode.allocated_kv_tokens(work)
@@ -214,9 +228,9 @@ class EngineModel:
 
         Args:
             now_s: model time.
-            until_s: nothing will be asked of the engine before then: decode steps may be run
-                together until the batch changes, as long as each begins before ``until_s``. The
-                outcome is that of single steps; only the events come together. None: one step.
+            until_s: decode steps may be run together until the batch changes, as long as each
+                begins before ``until_s``. The outcome is that of single steps; only the events
+                come together. None: one step.
 
         Raises:
             ModelMisuseError: the previous step has not been ended.
@@ -233,23 +247,24 @@ class EngineModel:
         self._chunks = desk.pick_chunks(budget, start_s)
         if not batch and not self._chunks:
             return None
-        chunk_sizes = [(tokens, work.computed_tokens) for work, tokens in self._chunks]
-        prefill_s = self._times.prefill_batch_s(chunk_sizes)
         steps = 1
         kv_tokens = decode.kv_tokens + batch
-        decode_s = self._times.decode_s(batch, kv_tokens)
-        duration_s = prefill_s + decode_s
-        if prefill_s and batch:
-            duration_s = self._times.mixed_s(prefill_s, decode_s)
-        elif batch and until_s is not None:
+        decode_s = self._times.decode_s(batch, kv_tokens) if batch else 0.0
+        prefill_s = 0.0
+        duration_s = decode_s
+        if self._chunks:
+            prefill_s = self._times.prefill_batch_s(
+                [(tokens, work.computed_tokens) for work, tokens in self._chunks]
+            )
+            duration_s = self._times.mixed_s(prefill_s, decode_s) if batch else prefill_s
+        elif until_s is not None:
             wake_s = self.wake_at_s()
             horizon_s = (until_s if wake_s is None else min(until_s, wake_s)) - start_s
-            # The first step's pages are allocated already.
-            room_pages = self.pool.room_tokens // self.config.page_tokens + decode.pages_for_one()
-            steps, duration_s = plan_burst(decode, self._times, horizon_s, room_pages)
-            kv_tokens = steps * decode.kv_tokens + batch * steps * (steps + 1) // 2
-            more = decode.pages_for(steps) - decode.pages_for_one()
-            self.pool.allocate(more * self.config.page_tokens)
+            # Pages are taken when the steps are over; those of the first have been already.
+            free_pages = self.pool.available_tokens // self.config.page_tokens
+            limit = burst_limit(decode, free_pages + decode.pages_for_one())
+            steps, duration_s = plan_burst(decode, self._times, horizon_s, limit)
+            kv_tokens = _kv_read(decode, steps)
         decode.begin(steps)
         self._prefill_share = prefill_s / (prefill_s + decode_s)
         self._step = Step(
@@ -275,15 +290,8 @@ class EngineModel:
         if now_s < step.end_s - EPSILON_S:
             raise ModelMisuseError(f"end_step at {now_s} s, but the step ends at {step.end_s} s")
         self._step = None
-        self._now_s = step.end_s
-        self._counters.step(step)
-        self._energy.step(
-            step.duration_s, prefill_share=self._prefill_share, decode_batch=step.decode_batch
-        )
+        self._account(step)
         self._drain_egress(self._now_s)
-        if self._decode.running and self.config.token_events:
-            rids = tuple(work.request.rid for work in self._decode.running)
-            self._events.append(TokensEmitted(rids=rids, at_s=step.end_s, count=step.steps))
         for work in self._decode.end():
             allocated = self._decode.allocated_kv_tokens(work)
             self._decode.remove(work)
@@ -293,6 +301,71 @@ class EngineModel:
                 self._prefilled(work, tokens)
         self._chunks = []
         return self._take_events()
+
+    def _account(self, step: Step) -> None:
+        """Count a step that is over; the batch still is as it began."""
+        self._now_s = step.end_s
+        self._counters.step(step)
+        self._energy.step(
+            step.duration_s, prefill_share=self._prefill_share, decode_batch=step.decode_batch
+        )
+        decode = self._decode
+        if step.steps > 1:
+            more = decode.pages_for(step.steps) - decode.pages_for_one()
+            self.pool.allocate(more * self.config.page_tokens)
+        if decode.running and self.config.token_events:
+            rids = tuple(work.request.rid for work in decode.running)
+            self._events.append(TokensEmitted(rids=rids, at_s=step.end_s, count=step.steps))
+
+    # --- steps that run together -------------------------------------------------------------
+    @property
+    def step(self) -> Step | None:
+        """The step in progress, as it ends now."""
+        return self._step
+
+    def _cut(self, now_s: float) -> None:
+        """Let the steps that run together end with the one that runs at ``now_s``."""
+        step = self._step
+        if step is None or step.steps == 1:
+            return
+        steps, duration_s = plan_burst(self._decode, self._times, now_s - step.start_s, step.steps)
+        if steps < step.steps:
+            self._decode.begin(steps)
+            self._step = self._decode_step(step, step.start_s, steps, duration_s)
+
+    def settle(self, *, now_s: float) -> None:
+        """Account for those of the steps that run together that have ended by ``now_s``.
+
+        What :meth:`stats` says is then what it would say after single steps. The step in progress
+        ends when it would have ended.
+        """
+        step = self._step
+        if step is None or step.steps == 1:
+            return
+        begun, _ = plan_burst(self._decode, self._times, now_s - step.start_s, step.steps)
+        if begun == 1:
+            return
+        over, over_s = plan_burst(self._decode, self._times, math.inf, begun - 1)
+        done = self._decode_step(step, step.start_s, over, over_s)
+        self._decode.begin(over)
+        self._account(done)
+        self._decode.end()  # nobody has all tokens yet: that ends the steps in any case
+        self.pool.allocate(self._decode.pages_for_one() * self.config.page_tokens)
+        left = step.steps - over
+        self._decode.begin(left)
+        self._step = self._decode_step(step, done.end_s, left, step.end_s - done.end_s)
+
+    def _decode_step(self, step: Step, start_s: float, steps: int, duration_s: float) -> Step:
+        """A part of a step that only decodes, from where the batch is."""
+        return Step(
+            start_s=start_s,
+            duration_s=duration_s,
+            steps=steps,
+            prefill_tokens=0,
+            prefill_requests=0,
+            decode_batch=step.decode_batch,
+            decode_kv_tokens=_kv_read(self._decode, steps),
+        )
 
     def poll(self, *, now_s: float) -> list[ModelEvent]:
         """What happened without a step since events were last taken; counts idle time."""
@@ -335,6 +408,10 @@ class EngineModel:
             counters=counters.reading(),
             energy=self._energy.reading(),
         )
+
+    def energy_seconds(self) -> StateSeconds:
+        """Seconds by state behind the energy of :meth:`stats`."""
+        return self._energy.seconds()
 
     # --- time --------------------------------------------------------------------------------
     def _advance(self, now_s: float) -> None:
@@ -449,3 +526,8 @@ class EngineModel:
         )
         self._desk.leave(work, allocated_tokens, work.fill_tokens)
         self._let_leave()
+
+
+def _kv_read(decode: DecodeBatch, steps: int) -> int:
+    """KV tokens the batch reads in its next ``steps`` steps together."""
+    return steps * decode.kv_tokens + len(decode.running) * steps * (steps + 1) // 2

@@ -214,32 +214,39 @@ class DecodeBatch:
         return done
 
 
-def plan_burst(
-    decode: DecodeBatch, times: StepTimes, horizon_s: float, room_pages: int
-) -> tuple[int, float]:
-    """How many decode steps may run together from now, and how long they take.
+def burst_limit(decode: DecodeBatch, free_pages: int) -> int:
+    """How many decode steps may run before the batch changes: until the first request has all its
+    tokens, or pages would have to be evicted. At least one; its pages are there."""
+    limit = decode.steps_to_finish()
+    if decode.pages_for(limit) > free_pages:
+        limit = _last_true(1, limit, lambda steps: decode.pages_for(steps) <= free_pages)
+    return limit
 
-    Steps go together until the first request has all its tokens, until pages run out, or until a
-    step would begin at ``horizon_s`` from now or later. At least one step; its pages are there.
+
+def plan_burst(
+    decode: DecodeBatch, times: StepTimes, horizon_s: float, limit: int
+) -> tuple[int, float]:
+    """How many decode steps run together from now, and how long they take.
+
+    Steps go together up to ``limit``, or until one would begin at ``horizon_s`` from now or later.
+    At least one step.
 
     Args:
         decode: the batch, not empty.
         times: step times, linear in the KV read for stretches at a time: their sums are exact.
         horizon_s: seconds from now.
-        room_pages: pages the batch may start in all.
+        limit: at most so many steps, 1 or more.
     """
     batch = len(decode.running)
-    limit = decode.steps_to_finish()
-    if decode.pages_for(limit) > room_pages:
-        limit = _last_true(1, limit, lambda steps: decode.pages_for(steps) <= room_pages)
     steps, duration_s = 0, 0.0
     kv_tokens = decode.kv_tokens + batch
     while steps < limit and (not steps or duration_s < horizon_s):
-        line = times.decode_line(batch, kv_tokens)
-        straight = max(1.0, (line.until_kv_tokens - kv_tokens) // batch + 1)
-        count = int(min(limit - steps, straight))
-        first_s = line.base_s + line.s_per_kv_token * kv_tokens
-        grows_s = line.s_per_kv_token * batch
+        base_s, s_per_kv_token, until_kv_tokens = times.decode_line(batch, kv_tokens)
+        count = limit - steps
+        if kv_tokens + (count - 1) * batch > until_kv_tokens:
+            count = max(1, int((until_kv_tokens - kv_tokens) // batch) + 1)
+        first_s = base_s + s_per_kv_token * kv_tokens
+        grows_s = s_per_kv_token * batch
         left_s = horizon_s - duration_s
         if _sum_s(count - 1, first_s, grows_s) >= left_s:
             count = _last_true(1, count, partial(_begins_before, left_s, first_s, grows_s))
