@@ -97,9 +97,55 @@ def test_interleaved_conversations_keep_their_order(tmp_path: Path) -> None:
     assert [c.id for c in load(jsonl(tmp_path / "t", *rows))] == ["a", "a/agent", "b"]
 
 
+def test_a_shared_prefix_is_named_by_kind_model_and_length(tmp_path: Path) -> None:
+    shared = {"shared_prefix_tokens": 60, "kind": "main", "model": "m-1"}
+    rows = [row("a", **shared), row("b", **shared), row("c", **{**shared, "model": "m-2"})]
+    rows += [row("d", shared_prefix_tokens=60), row("e", shared_prefix_tokens=0), row("f")]
+    found = [
+        (c.shared_prefix_name, c.shared_prefix_tokens) for c in load(jsonl(tmp_path / "t", *rows))
+    ]
+    assert found == [
+        ("main/m-1/60 tokens", 60),
+        ("main/m-1/60 tokens", 60),
+        ("main/m-2/60 tokens", 60),
+        ("60 tokens", 60),
+        ("", 0),
+        ("", 0),
+    ]
+
+
+def test_a_shared_prefix_is_at_most_the_first_prompt(tmp_path: Path) -> None:
+    (conversation,) = load(jsonl(tmp_path / "t", row(shared_prefix_tokens=400)))
+    assert conversation.shared_prefix_tokens == 100
+
+
+def test_sub_agents_know_who_called_them_and_when(tmp_path: Path) -> None:
+    rows = [
+        row("a", t_s=5.0),
+        row("a", turn=1, input_tokens=130, t_s=9.0),
+        row("a/agent_1", t_s=9.0),
+        row("a", turn=2, input_tokens=150, t_s=30.0),
+        row("a/agent_1/deeper", t_s=11.0),
+        row("elsewhere/agent_1", t_s=9.0),
+        row("b"),
+        row("b/agent_1", t_s=7.0),
+    ]
+    found = {c.id: c for c in load(jsonl(tmp_path / "t", *rows))}
+    called = {i: (c.parent, c.parent_turns, c.offset_s) for i, c in found.items()}
+    assert called == {
+        "a": (None, 0, 0.0),
+        "a/agent_1": ("a", 2, 4.0),
+        "a/agent_1/deeper": ("a/agent_1", 1, 2.0),
+        "elsewhere/agent_1": (None, 0, 0.0),
+        "b": (None, 0, 0.0),
+        "b/agent_1": ("b", 0, 0.0),
+    }
+
+
 @pytest.mark.parametrize(
     ("rows", "line", "says"),
     [
+        ([row(shared_prefix_tokens=-1)], 1, "shared_prefix_tokens"),
         ([row(turn=1)], 1, "turn is 1 where 0 is due"),
         ([row(), row(turn=2)], 2, "Number each conversation's turns"),
         ([row(input_tokens="many")], 1, "input_tokens"),
@@ -146,6 +192,21 @@ def test_a_missing_file_is_a_trace_error(tmp_path: Path) -> None:
 
 
 # --- Mooncake ---------------------------------------------------------------------------------
+
+
+def test_mooncake_prefixes_are_shared_as_far_as_another_first_prompt_goes(tmp_path: Path) -> None:
+    rows = [
+        request(0, 3 * 512, [7, 8, 9]),
+        request(10, 3 * 512, [7, 8, 10]),
+        request(20, 2 * 512 + 1, [7, 11, 12]),
+        request(30, 2 * 512, [20, 21]),
+        request(40, 3 * 512, [20, 21, 22]),  # goes on with the conversation before
+    ]
+    found = [
+        (len(c.turns), c.shared_prefix_name, c.shared_prefix_tokens)
+        for c in load(jsonl(tmp_path / "t", *rows))
+    ]
+    assert found == [(1, "block 7", 1024), (1, "block 7", 1024), (1, "block 7", 512), (2, "", 0)]
 
 
 def request(at_ms: int, length: int, blocks: list[int], output: int = 100) -> dict:

@@ -14,10 +14,16 @@ previous context is taken as kept where the new prompt has room for it, else the
 The traces recorded when requests were sent, not the clients' gaps, so a turn has ``at_s``: it is
 sent at its recorded distance from the conversation's arrival, or when the previous answer is
 there, whichever is later.
+
+Shared prefixes. Conversations whose first prompts begin with the same block share a prefix of that
+block's name, each as many blocks of it as another's first prompt begins with, too. Where such
+conversations part and others go on together, more is taken as shared than is: one name stands for
+the whole tree under its first block.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +53,7 @@ class _Open:
 
     id: str
     arrival_ms: float
+    blocks: list[int]  # full blocks of the first prompt
     turns: list[Turn] = field(default_factory=list)
 
 
@@ -84,16 +91,27 @@ def join_requests(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Conv
             )
         last_ms = request.timestamp
         joined = _take_longest(tails, request)
+        full = request.input_length // BLOCK_TOKENS
         if joined is None:
-            joined = _Open(id=f"mooncake-{number}", arrival_ms=request.timestamp)
+            joined = _Open(
+                id=f"mooncake-{number}",
+                arrival_ms=request.timestamp,
+                blocks=request.hash_ids[:full],
+            )
             conversations.append(joined)
         joined.turns.append(_turn(request, joined))
-        full = request.input_length // BLOCK_TOKENS
         if full >= MIN_SHARED_BLOCKS:
             tails[request.hash_ids[full - 1]] = joined
+    begun_with = Counter(block for open_ in conversations for block in open_.blocks)
     for open_ in conversations:
+        # A block's id names all before it, so the blocks that others begin with come first.
+        shared = sum(begun_with[block] > 1 for block in open_.blocks)
         yield Conversation(
-            id=open_.id, turns=tuple(open_.turns), arrival_s=open_.arrival_ms / 1000.0
+            id=open_.id,
+            turns=tuple(open_.turns),
+            arrival_s=open_.arrival_ms / 1000.0,
+            shared_prefix_tokens=shared * BLOCK_TOKENS,
+            shared_prefix_name=f"block {open_.blocks[0]}" if shared else "",
         )
 
 

@@ -1,15 +1,24 @@
 """The common trace rows: one turn a row, as JSON lines or CSV.
 
 Fields: ``conversation_id``, ``turn`` (0, 1, 2 … within a conversation), ``input_tokens``,
-``output_tokens``, and where known ``new_input_tokens``, ``gap_s``, ``arrival_s`` (on first turns).
-Other fields are ignored. Without ``new_input_tokens`` a turn extends the whole previous context.
+``output_tokens``, and where known ``new_input_tokens``, ``gap_s``, and on first turns
+``arrival_s``, ``shared_prefix_tokens`` (leading tokens that other conversations begin with, too)
+with ``kind`` and ``model``. Other fields are ignored. Without ``new_input_tokens`` a turn extends
+the whole previous context.
+
+Conversations of one kind and model whose shared prefixes are equally long are taken to share one:
+a trace of counts does not show the text. That is an upper bound of what they share.
+
+A conversation ``a/b`` in a trace that has ``a`` is a sub-agent of ``a``. Where both have ``t_s``
+(seconds since the session began), it says when the sub-agent was called.
 """
 
 from __future__ import annotations
 
 import csv
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -33,6 +42,10 @@ class Row(msgspec.Struct):
     new_input_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     gap_s: Seconds | None = None
     arrival_s: Seconds | None = None
+    shared_prefix_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    kind: Any = None
+    model: Any = None
+    t_s: Seconds | None = None
 
 
 def json_object(line: str, *, path: Path, number: int) -> dict[str, Any]:
@@ -74,7 +87,7 @@ def csv_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Row]]:
     if missing:
         raise TraceError(
             f"no column {', '.join(missing)}. The header needs {', '.join(required)}; "
-            "new_input_tokens, gap_s and arrival_s may follow.",
+            "new_input_tokens, gap_s, arrival_s and shared_prefix_tokens may follow.",
             path=path,
             line=1,
         )
@@ -111,8 +124,9 @@ def convert(
 
 @dataclass(slots=True)
 class _Joining:
-    arrival_s: float | None
+    first: Row
     turns: list[Turn] = field(default_factory=list)
+    begun_s: list[float | None] = field(default_factory=list)
 
 
 def join_rows(rows: Iterable[tuple[int, Row]], path: Path) -> Iterator[Conversation]:
@@ -126,7 +140,7 @@ def join_rows(rows: Iterable[tuple[int, Row]], path: Path) -> Iterator[Conversat
     """
     joined: dict[str, _Joining] = {}
     for number, row in rows:
-        entry = joined.setdefault(row.conversation_id, _Joining(arrival_s=row.arrival_s))
+        entry = joined.setdefault(row.conversation_id, _Joining(first=row))
         if row.turn != len(entry.turns):
             raise TraceError(
                 f"turn is {row.turn} where {len(entry.turns)} is due in conversation "
@@ -135,8 +149,42 @@ def join_rows(rows: Iterable[tuple[int, Row]], path: Path) -> Iterator[Conversat
                 line=number,
             )
         entry.turns.append(_turn(row, entry.turns, path=path, number=number))
+        entry.begun_s.append(row.t_s)
     for name, entry in joined.items():
-        yield Conversation(id=name, turns=tuple(entry.turns), arrival_s=entry.arrival_s)
+        yield _called(_conversation(name, entry), entry, joined)
+
+
+def _conversation(name: str, entry: _Joining) -> Conversation:
+    first = entry.first
+    shared = min(first.shared_prefix_tokens or 0, first.input_tokens)
+    labels = (first.kind, first.model, f"{shared} tokens")
+    return Conversation(
+        id=name,
+        turns=tuple(entry.turns),
+        arrival_s=first.arrival_s,
+        shared_prefix_tokens=shared,
+        shared_prefix_name="/".join(str(label) for label in labels if label) if shared else "",
+    )
+
+
+def _called(
+    conversation: Conversation, entry: _Joining, joined: dict[str, _Joining]
+) -> Conversation:
+    """The conversation with its parent, if the trace has it."""
+    above, _, _ = conversation.id.rpartition("/")
+    parent = joined.get(above)
+    if parent is None:
+        return conversation
+    called_s = entry.begun_s[0]
+    begun_s = [at for at in parent.begun_s if at is not None]
+    if called_s is None or len(begun_s) < len(parent.begun_s):
+        return replace(conversation, parent=above)
+    return replace(
+        conversation,
+        parent=above,
+        parent_turns=bisect_right(begun_s, called_s),
+        offset_s=max(0.0, called_s - begun_s[0]),
+    )
 
 
 def _turn(row: Row, before: list[Turn], *, path: Path, number: int) -> Turn:
