@@ -24,16 +24,16 @@ BIAS: Final = 0.5
 
 
 class MeanByTurn:
-    """Mean output length by turn index over a training half: every other conversation of a pool.
+    """Mean output length by turn index.
 
     Args:
-        conversations: the whole pool; those at even places are learned from.
+        training: conversations to learn from, at least one.
     """
 
-    def __init__(self, conversations: Sequence[Conversation]) -> None:
+    def __init__(self, training: Sequence[Conversation]) -> None:
         totals: list[int] = []
         counts: list[int] = []
-        for conversation in conversations[::2]:
+        for conversation in training:
             for index, turn in enumerate(conversation.turns):
                 if index == len(totals):
                     totals.append(0)
@@ -51,7 +51,7 @@ def foretell(
     conversations: Iterable[SimulatedConversation],
     predictor: str,
     *,
-    pool: Sequence[Conversation],
+    training: Sequence[Conversation],
     seed: int,
 ) -> Iterator[SimulatedConversation]:
     """The same conversations with what ``predictor`` says of them; lazily.
@@ -59,13 +59,13 @@ def foretell(
     Args:
         conversations: as drawn from a workload.
         predictor: one of ``contenders.PREDICTORS``.
-        pool: what they were drawn from: the realistic predictor's training half is in it.
+        training: what the realistic predictor has seen: the workload's ``tune`` half.
         seed: of its noise.
     """
     if predictor == "none":
         yield from conversations
         return
-    means = MeanByTurn(pool) if predictor == "realistic" else None
+    means = MeanByTurn(training) if predictor == "realistic" else None
     for conversation in conversations:
         turns = conversation.turns
         if means is not None:
