@@ -37,6 +37,7 @@ from conserve_serving.core.types import (
     TransferReason,
     TurnId,
 )
+from conserve_serving.core.views import Tail
 
 SPEEDS = EngineSpeeds(
     prefill_tokens_per_s=25_000.0, decode_step_s=0.014, decode_step_s_per_kv_token=1e-7
@@ -93,10 +94,11 @@ class Chaos:
             protect_idle_s=6.0,
             max_waiting_turns=6,
             headroom=0.0 if tight else 1.0,
+            copies=True,
         )
         self.tight = tight
         self.scheduler = Scheduler(settings, make_policy(policy, settings))
-        self.sticky = self.scheduler.policy.sticky
+        self.sticky = self.scheduler.policy.tail is not Tail.ANYWHERE
         self.now_s = 0.0
         self.log: list[tuple[float, Event, list[Decision]]] = []
         self.epochs: dict[str, int] = {}
@@ -170,7 +172,7 @@ class Chaos:
         for engine in offered:
             prefillers = [e for e in offered if e.tier is Tier.PREFILL and e is not engine]
             assert not (
-                self.scheduler.policy.hosts(engine)
+                self.scheduler._placer.takes(engine)
                 and turn.prompt_tokens < engine.longest_context_tokens
                 and engine.free_tokens >= engine.pages(turn.prompt_tokens + MAX_OUTPUT)
                 and (turn.conversation.turns or not engine.waiting)
@@ -183,7 +185,9 @@ class Chaos:
             assert decision.turn not in self.outcomes
             assert decision.decoder in self.alive
             assert decision.prefiller is None or decision.prefiller in self.alive
-            assert (decision.prefiller is None) == (decision.transfer is None)
+            crosses = decision.prefiller is not None or decision.source is not None
+            assert crosses == (decision.transfer is not None)
+            assert decision.source is None or decision.source in self.alive
             assert decision.prefiller != decision.decoder
             assert decision.decoder not in self.draining or self.lives_at(decision)
             assert decision.prefiller not in self.draining
@@ -320,7 +324,7 @@ class Chaos:
         if b % 10 == 0:
             at = place.decoder
             self.send(TurnFailed(turn=turn, plan=plan, engine=at, retryable=b % 20 == 0))
-        elif place.prefiller is not None and turn not in self.handed_over and b % 10 != 1:
+        elif place.transfer is not None and turn not in self.handed_over and b % 10 != 1:
             if b % 2:
                 self.send(PrefillFinished(turn=turn, plan=plan, prompt_tokens=38 * b))
                 self.prompts[turn] = max(1, 38 * b)

@@ -43,6 +43,12 @@ def run(
         ("conserve", TierMode.HOSTING, True),
         ("collocated", TierMode.DEDICATED, True),
         ("round_robin", TierMode.DEDICATED, True),
+        ("collocated_speed_override", TierMode.DEDICATED, True),
+        ("full_disaggregation", TierMode.DEDICATED, True),
+        ("per_turn_50_wrong", TierMode.DEDICATED, False),
+        ("conserve_plus", TierMode.AUTO, False),
+        ("conserve_plus", TierMode.AUTO, True),
+        ("oracle", TierMode.DEDICATED, True),
     ],
 )
 @THOROUGH
@@ -86,7 +92,7 @@ def test_a_tight_cluster_goes_through_everything_that_shortage_brings() -> None:
         *(
             f"moved {reason}"
             for reason in TransferReason
-            if reason is not TransferReason.FIRST_TURN
+            if reason not in (TransferReason.FIRST_TURN, TransferReason.APPEND, TransferReason.LOAD)
         ),
         Reason.HELD_NO_ROOM,
         Reason.HELD_BEHIND_FIRST_TURN,

@@ -8,6 +8,7 @@ from chaos import LINK, SPEEDS, joined
 from conserve_serving.core import SchedulerSettings, make_policy
 from conserve_serving.core.errors import JournalError, UnknownPolicyError
 from conserve_serving.core.journal import from_record, to_record
+from conserve_serving.core.load import ObservedLoad
 from conserve_serving.core.policies import POLICIES
 from conserve_serving.core.state import ConversationState, EngineState, TurnState
 from conserve_serving.core.types import ConversationId, Tier, TurnId
@@ -35,7 +36,7 @@ def test_a_broken_record_says_what_is_wrong(record: dict[str, object], says: str
 
 
 def test_an_unknown_policy_names_those_there_are() -> None:
-    with pytest.raises(UnknownPolicyError, match="collocated, conserve, round_robin"):
+    with pytest.raises(UnknownPolicyError, match=r"collocated, .*conserve, .*round_robin"):
         make_policy("best", SchedulerSettings())
 
 
@@ -52,15 +53,18 @@ def test_a_policy_changes_nothing_and_repeats_itself(name: str) -> None:
     def books(state: EngineState | TurnState) -> list[object]:
         return [getattr(state, slot) for slot in state.__slots__]
 
+    load = ObservedLoad(256)
     before = books(decoder), books(prefiller), books(turn)
     choices = [
         (
             policy.hosts(decoder),
-            policy.rank(decoder),
-            policy.prefill_place(turn, decoder, prefiller),
+            policy.rank(decoder, load),
+            policy.prefill_place(turn, decoder, prefiller, load),
+            policy.tail_place(turn, decoder, prefiller, prefiller, load),
+            policy.prefill_tier_hosts([decoder, prefiller], load, hosting=False),
         )
         for _ in range(3)
     ]
     assert choices[0] == choices[1] == choices[2]
     assert (books(decoder), books(prefiller), books(turn)) == before
-    assert policy.prefill_place(turn, decoder, None).remote is False
+    assert policy.prefill_place(turn, decoder, None, load).remote is False

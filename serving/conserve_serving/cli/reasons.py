@@ -18,8 +18,14 @@ REASONS: Mapping[Reason, str] = MappingProxyType(
         " prefiller was up",
         Reason.FIRST_TURN_COLLOCATED: "first turn: prefilled on the engine that keeps the"
         " conversation, because this policy never hands KV over",
+        Reason.FIRST_TURN_DEFLECTED: "first turn: prefilled on its own decoder, because that was"
+        " done sooner than the prefillers' queue and a hand-off would have been",
         Reason.PINNED: "later turn: ran where the conversation's KV is, and only the appended"
         " tokens were prefilled",
+        Reason.APPEND_REMOTE: "later turn: what it appended was prefilled on a prefiller and handed"
+        " to the decoder that keeps the conversation",
+        Reason.MOVED_FOR_LOAD: "later turn: the conversation's KV was copied to a less loaded"
+        " engine, where it lives from then on",
         Reason.ROUND_ROBIN: "the next engine in turn, because this policy looks at nothing else",
         Reason.REPLACED_ENGINE_LOST: "placed anew with the full history, because its engine was"
         " lost and the KV with it",
@@ -50,6 +56,8 @@ REASONS: Mapping[Reason, str] = MappingProxyType(
 TRANSFERS: Mapping[TransferReason, str] = MappingProxyType(
     {
         TransferReason.FIRST_TURN: "the one hand-off after the first turn's prefill",
+        TransferReason.APPEND: "what a later turn appended was prefilled on a prefiller",
+        TransferReason.LOAD: "the conversation moved to a less loaded engine",
         TransferReason.ENGINE_LOST: "the conversation's engine was lost",
         TransferReason.ENGINE_DRAINING: "the conversation's engine was draining",
         TransferReason.NO_ROOM: "the conversation's engine had no room left",
@@ -63,6 +71,8 @@ FALLBACKS: Mapping[Fallback, str] = MappingProxyType(
         Fallback.PREFILLER_FAILED: "the prefiller answered with an error, so the decoder"
         " prefilled by itself",
         Fallback.PREFILLER_LOST: "the prefiller was lost, so the decoder prefilled by itself",
+        Fallback.SOURCE_LOST: "the engine that had the conversation's KV was lost, so the new one"
+        " prefilled all of it",
         Fallback.ACK_LATE: "the acknowledgement of the stored KV came too late, so the decoder"
         " prefilled what it did not find",
         Fallback.STORE_FULL: "the hand-off store had no room, so the decoder prefilled by itself",

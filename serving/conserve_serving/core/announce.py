@@ -5,13 +5,14 @@ from __future__ import annotations
 from conserve_serving.core.counters import Counters
 from conserve_serving.core.decisions import Decision, Hold, Park, Place, Release
 from conserve_serving.core.state import ConversationState, EngineState, TurnState
-from conserve_serving.core.types import Reason
+from conserve_serving.core.types import Reason, TransferReason
 
 
 class Announcer:
     """Appends to ``out``, the decisions of the event at hand."""
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, *, copies: bool) -> None:
+        self._copies = copies
         self.out: list[Decision] = []
         self._counters = counters
         self._plan = 0
@@ -19,6 +20,9 @@ class Announcer:
     def place(self, turn: TurnState, reason: Reason, *, expected_cached: int) -> None:
         decoder, prefiller = turn.decoder, turn.prefiller
         assert decoder is not None  # noqa: S101 -- placed just above; for the type checker
+        source = turn.source
+        if source is None and turn.transfer is TransferReason.APPEND and self._copies:
+            source = decoder
         self._plan += 1
         turn.plan = self._plan
         turn.attempts += 1
@@ -37,6 +41,7 @@ class Announcer:
                 turn_index=turn.index,
                 expected_cached_tokens=expected_cached,
                 priority=1 if turn.conversation.turns else 0,
+                source=source.id if source is not None else None,
             )
         )
 

@@ -21,7 +21,10 @@ class Place:
     Attributes:
         plan: increases with every plan of the scheduler; events about the turn quote it.
         prefiller: prefill there and hand the KV over first; None: ``decoder`` prefills.
-        transfer: why KV will cross a link (set exactly when ``prefiller`` is).
+        source: engine that has the KV of the conversation's context, to be copied from there to
+            where the prompt is computed: the home of a tail turn that is prefilled elsewhere, or
+            the former home of a conversation that moves. None: there is none, or it is there.
+        transfer: why KV will cross a link (set exactly when ``prefiller`` or ``source`` is).
         turn_index: 1 for the conversation's first turn.
         expected_cached_tokens: context the decoder should find, for the check of cached tokens:
             resident or parked KV there, or the whole prompt when it is handed over.
@@ -38,6 +41,7 @@ class Place:
     turn_index: int
     expected_cached_tokens: int
     priority: int
+    source: EngineId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

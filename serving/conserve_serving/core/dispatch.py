@@ -1,56 +1,26 @@
-"""Carrying a choice out: placing, holding, waking, moving.
+"""Turns for which there may be no room: placing them, holding them, waking them when room appears.
 
-`core.scheduler` says when; the policy says where; this module books it in the ledger and emits
-the decision, always in that order, so that no decision is ever given that the books do not hold.
+How a turn is placed is `core.plans`' business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import islice
 from math import inf
 from typing import Final
 
-from conserve_serving.core import ledger
-from conserve_serving.core.announce import Announcer
-from conserve_serving.core.counters import Counters
-from conserve_serving.core.growth import GrowthModel
-from conserve_serving.core.placement import Placer
-from conserve_serving.core.settings import SchedulerSettings
-from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
+from conserve_serving.core.plans import Planner
+from conserve_serving.core.state import ConversationState, EngineState, TurnState
 from conserve_serving.core.types import EngineId, Reason, Tier, TransferReason
-from conserve_serving.core.views import Policy, PrefillPlace
-from conserve_serving.core.waiting import WaitingRoom
 
 # Rounds of waking in one event: a turn that moves frees room where it was.
 _WAKE_ROUNDS: Final = 4
-# Engines tried for one turn whose idle conversations turn out too large for the host tier.
-_PARK_TRIES: Final = 4
 # Idle conversations looked at, and at most released, to make room for one turn.
 _DISPLACE: Final = 64
-_REPLACED: Final[Mapping[TransferReason, Reason]] = {
-    TransferReason.FIRST_TURN: Reason.FIRST_TURN_HANDOFF,
-    TransferReason.ENGINE_LOST: Reason.REPLACED_ENGINE_LOST,
-    TransferReason.ENGINE_DRAINING: Reason.REPLACED_ENGINE_DRAINING,
-    TransferReason.NO_ROOM: Reason.REPLACED_NO_ROOM,
-    TransferReason.KV_LOST: Reason.REPLACED_KV_LOST,
-    TransferReason.RETRY: Reason.RETRIED,
-}
 
 
-class Dispatcher:
+class Dispatcher(Planner):
     """Places turns or lets them wait. Owned by one scheduler, which sets `now_s`."""
-
-    def __init__(self, settings: SchedulerSettings, policy: Policy, counters: Counters) -> None:
-        self.now_s = 0.0
-        self.growth = GrowthModel(settings.output_reserve_tokens)
-        self.placer = Placer(settings, policy, self.growth)
-        self.waiting = WaitingRoom()
-        self._settings = settings
-        self._policy = policy
-        self._counters = counters
-        self.say = Announcer(counters)
-        self._freed: dict[EngineId, EngineState] = {}
 
     def dispatch(self, turn: TurnState) -> Reason | None:
         """Place the turn now or let it wait; returns why it is refused if neither can be."""
@@ -162,159 +132,6 @@ class Dispatcher:
             return at
         return self.placer.waiting_place(turn)
 
-    def change_prefiller(self, turn: TurnState) -> list[TurnState]:
-        """The prefiller of a placed turn is gone: take another, or let the decoder prefill.
-
-        Returns:
-            Turns that waited for this one and may be dispatched now.
-        """
-        decoder, lost = turn.decoder, turn.prefiller
-        if decoder is None or lost is None:
-            return []
-        ledger.end_backlog(lost if turn.phase is Phase.PREFILL else decoder, turn)
-        ledger.end_prefill(turn)
-        prefiller, place = self._prefill_place(turn, decoder)
-        if prefiller is not None:
-            parked = ledger.find_room(prefiller, prefiller.pages(turn.prompt_tokens))
-            if parked is not None:
-                self._park(prefiller, parked)
-                self._start_prefill(turn, prefiller)
-                reason = _REPLACED[turn.transfer] if turn.transfer else place.reason
-                self.say.place(turn, reason, expected_cached=turn.prompt_tokens)
-                return []
-        self._prefill_locally(turn, decoder)
-        self.say.place(turn, Reason.FIRST_TURN_NO_PREFILLER, expected_cached=0)
-        return self.opened(turn)
-
-    def unplan(self, turn: TurnState, *, context_tokens: int | None) -> list[TurnState]:
-        """Take a placed turn off all books.
-
-        Args:
-            turn: a placed turn.
-            context_tokens: context its conversation has on the decoder now; None: what it had.
-
-        Returns:
-            Turns that waited for this one and may be dispatched now.
-        """
-        conversation, decoder = turn.conversation, turn.decoder
-        ledger.end_backlog(turn.prefiller if turn.phase is Phase.PREFILL else decoder, turn)
-        prefiller = ledger.end_prefill(turn)
-        if prefiller is not None:
-            self.free(prefiller)
-        if decoder is not None:
-            parked = ledger.end_turn(turn, context_tokens=context_tokens)
-            if not decoder.lost:
-                self.say.parks(decoder, parked)
-                self.free(decoder)
-                if conversation.home is not decoder and context_tokens:
-                    self.say.release(conversation, decoder, 0, Reason.CONVERSATION_MOVED)
-        turn.phase = Phase.WAITING
-        turn.prefilled = False
-        cause = conversation.moved_because
-        followers = self.opened(turn)
-        if conversation.context_tokens == 0:
-            conversation.moved_because = cause  # it left before it brought any KV about
-        return followers
-
-    def opened(self, turn: TurnState) -> list[TurnState]:
-        """The conversation's KV is or will be at its home; returns the turns that waited for it."""
-        conversation = turn.conversation
-        if conversation.opening is not turn:
-            return []
-        conversation.opening = None
-        conversation.moved_because = None
-        behind, conversation.behind = conversation.behind or {}, None
-        followers = [other for other in behind.values() if other.id not in self.waiting]
-        for other in behind.values():
-            if other.id in self.waiting:
-                conversation.waits(other)
-        if conversation.behind and conversation.home is not None:
-            self.free(conversation.home)
-        return followers
-
-    def release(self, conversation: ConversationState, reason: Reason) -> None:
-        home = self.home(conversation)
-        if home is None:
-            return
-        self.say.release(conversation, home, ledger.leave_home(conversation), reason)
-        self.free(home)
-
-    def home(self, conversation: ConversationState) -> EngineState | None:
-        home = conversation.home
-        if home is not None and home.lost:
-            if conversation.context_tokens or conversation.transfers:
-                conversation.moved_because = TransferReason.ENGINE_LOST
-            ledger.leave_home(conversation)
-            return None
-        return home
-
-    def note_kv_lost(self, conversation: ConversationState, cause: TransferReason) -> None:
-        """Remember why a conversation that had KV has none: the reason of its next placement."""
-        if (
-            self.home(conversation) is None
-            and conversation.moved_because is None
-            and (conversation.turns or conversation.transfers)
-        ):
-            conversation.moved_because = cause
-
-    def free(self, engine: EngineState) -> None:
-        self._freed[engine.id] = engine
-        self.placer.touch(engine)
-
-    # --- placing -----------------------------------------------------------------------------
-    def _try_place(self, turn: TurnState) -> bool:
-        conversation = turn.conversation
-        if not self._policy.sticky:
-            return self._place_anew(turn, None, None)
-        home = self.home(conversation)
-        cause = conversation.moved_because
-        if home is None:
-            if cause is None and (conversation.turns or conversation.transfers):
-                cause = TransferReason.KV_LOST
-            return self._place_anew(turn, None, cause)
-        if turn.avoid == home.id:
-            cause = TransferReason.RETRY
-        elif home.draining:
-            cause = TransferReason.ENGINE_DRAINING
-        elif self._place_at_home(turn, home):
-            return True
-        else:
-            can_wait = turn.prompt_tokens < home.longest_context_tokens
-            if can_wait and not self._out_of_patience(turn, home):
-                return False
-            cause = TransferReason.NO_ROOM
-        # Only a conversation at a turn boundary moves: never under a turn that is running.
-        if conversation.active == 0 and self._place_anew(turn, home, cause):
-            return True
-        if cause is not TransferReason.NO_ROOM:
-            # Nowhere better: a draining engine, or one that failed once, is still the home.
-            return self._place_at_home(turn, home)
-        if conversation.active == 0 and home.active_turns == 0 and self._others_wait(turn, home):
-            # Nothing runs there, so nothing will make room: of those that wait for each other,
-            # the one that has waited longest gives its KV up.
-            self.release(conversation, Reason.CONVERSATION_MOVED)
-            conversation.moved_because = cause
-        return False
-
-    def _others_wait(self, turn: TurnState, home: EngineState) -> bool:
-        """Whether any other conversation would gain from the room this one has."""
-        own = turn.conversation
-        first = islice(home.waiting.values(), _PARK_TRIES)
-        return any(other.conversation is not own for other in first)
-
-    def _out_of_patience(self, turn: TurnState, home: EngineState) -> bool:
-        """Whether waiting for room at home has cost as much as the move would.
-
-        Waiting as long as the alternative costs, and only then taking it, never costs more than
-        twice what the better choice would have: without knowing when room will appear.
-        """
-        if turn.patient_until_s is None:
-            tokens = turn.prompt_tokens
-            move_s = home.prefill_s(tokens) + home.handoff_s(tokens)
-            turn.patient_until_s = self.now_s + move_s
-            self.waiting.recheck(turn, turn.patient_until_s)
-        return self.now_s >= turn.patient_until_s
-
     def _displace(self, turn: TurnState) -> bool:
         """Release KV that has been idle for longer than it is protected, until the turn has room.
 
@@ -351,98 +168,6 @@ class Dispatcher:
             self.release(victim, Reason.IDLE_DISPLACED)
             victim.moved_because = TransferReason.KV_LOST
         return bool(victims)
-
-    def _place_at_home(self, turn: TurnState, home: EngineState) -> bool:
-        conversation = turn.conversation
-        need = self.placer.need(turn, home)
-        parked = ledger.find_room(home, need, keep=conversation)
-        if parked is None or turn.prompt_tokens >= home.longest_context_tokens:
-            return False
-        self._park(home, parked)
-        # An engine computes one token at least, and the books count whole pages.
-        cached = min(conversation.context_tokens, turn.prompt_tokens - 1)
-        if turn.reusable_tokens is not None:
-            cached = min(cached, turn.reusable_tokens)
-        ledger.start_turn(turn, home, need_tokens=need)
-        ledger.add_backlog(home, turn, turn.prompt_tokens - cached)
-        turn.phase = Phase.DECODE
-        turn.transfer = None
-        reason = Reason.PINNED if turn.attempts == 0 else Reason.RETRIED
-        self.say.place(turn, reason, expected_cached=cached)
-        self.placer.touch(home)
-        return True
-
-    def _place_anew(
-        self, turn: TurnState, home: EngineState | None, cause: TransferReason | None
-    ) -> bool:
-        """Give a conversation a decoder, and its turn a place to be prefilled."""
-        conversation = turn.conversation
-        no_answer = [] if home is None else [home]
-        for _ in range(_PARK_TRIES):
-            room = self.placer.find_decoder(turn, exclude=no_answer, new=cause is None)
-            if room is None:
-                return False
-            decoder, need = room
-            parked = ledger.find_room(decoder, need, keep=conversation)
-            if parked is not None:
-                break
-            no_answer.append(decoder)
-        else:
-            return False
-        prefiller, place = self._prefill_place(turn, decoder)
-        if prefiller is not None:
-            pages = prefiller.pages(turn.prompt_tokens)
-            parked_too = ledger.find_room(prefiller, pages, keep=conversation)
-            if parked_too is None:
-                return False  # room on both or on none
-            self._park(prefiller, parked_too)
-        self._park(decoder, parked)
-        if conversation.active == 0 and conversation.home not in (None, decoder):
-            self.release(conversation, Reason.CONVERSATION_MOVED)
-            conversation.moved_because = cause
-        if cause is not None:
-            self._counters.moves[cause] += 1
-        ledger.start_turn(turn, decoder, need_tokens=need)
-        for other in (conversation.behind or {}).values():
-            if other is not turn and other.id in self.waiting:
-                self.waiting.settle(other, decoder)  # its other turns wait here now, for this
-                self.free(decoder)  # one or for room: they find out when they are tried
-        if prefiller is not None:
-            self._start_prefill(turn, prefiller)
-            turn.transfer = cause or TransferReason.FIRST_TURN
-            conversation.opening = turn
-            expected_cached = turn.prompt_tokens
-        else:
-            self._prefill_locally(turn, decoder)
-            expected_cached = 0
-        reason = place.reason if cause is None else _REPLACED[cause]
-        self.say.place(turn, reason, expected_cached=expected_cached)
-        self.placer.touch(decoder)
-        return True
-
-    def _prefill_place(
-        self, turn: TurnState, decoder: EngineState
-    ) -> tuple[EngineState | None, PrefillPlace]:
-        """The prefiller the policy wants for the turn (None: the decoder itself), and why."""
-        prefiller = self.placer.best_prefiller(turn, decoder)
-        place = self._policy.prefill_place(turn, decoder, prefiller)
-        return (prefiller if place.remote else None), place
-
-    def _start_prefill(self, turn: TurnState, prefiller: EngineState) -> None:
-        ledger.start_prefill(turn, prefiller, need_tokens=prefiller.pages(turn.prompt_tokens))
-        ledger.add_backlog(prefiller, turn, turn.prompt_tokens)
-        turn.phase = Phase.PREFILL
-        self.placer.touch(prefiller)
-
-    def _prefill_locally(self, turn: TurnState, decoder: EngineState) -> None:
-        ledger.add_backlog(decoder, turn, turn.prompt_tokens)
-        turn.phase = Phase.DECODE
-        turn.transfer = None
-        self.placer.touch(decoder)
-
-    def _park(self, engine: EngineState, conversations: list[ConversationState]) -> None:
-        ledger.park(engine, conversations)
-        self.say.parks(engine, conversations)
 
     def _hold(self, turn: TurnState, reason: Reason, waits_for: str) -> None:
         settings = self._settings

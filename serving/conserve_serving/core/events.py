@@ -113,6 +113,9 @@ class TurnArrived:
             None when it extends all of it (0: the history was rewritten).
         max_output_tokens: the request's own limit, None when it has none.
         hint: where the conversation lived, for a conversation the scheduler does not know.
+        predicted_output_tokens: somebody's guess at this turn's output, for policies that predict;
+            room is then reserved for it in place of what has been observed.
+        foreseen_tokens: all the KV the conversation will ever hold, for an oracle; 0: not known.
     """
 
     turn: TurnId
@@ -123,6 +126,8 @@ class TurnArrived:
     max_output_tokens: int | None = None
     parent: ConversationId | None = None
     hint: PlacementHint | None = None
+    predicted_output_tokens: int | None = None
+    foreseen_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +141,10 @@ class PrefillFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffFinished:
-    """The hand-off ended: the decoder can read the KV, or ``fallback`` says why it cannot.
+    """The KV that was to move has moved: the decoder can read it, or ``fallback`` says why not.
 
-    With a fallback nothing was moved and the decoder prefills by itself; the plan goes on.
+    The end of a hand-off from a prefiller, and of a copy from a conversation's former home. With a
+    fallback nothing was moved and the decoder prefills by itself; the plan goes on.
     """
 
     turn: TurnId

@@ -63,12 +63,16 @@ def start_prefill(turn: TurnState, prefiller: EngineState, *, need_tokens: int) 
 def add_backlog(engine: EngineState, turn: TurnState, tokens: int) -> None:
     turn.backlog = tokens
     engine.prefill_backlog_tokens += tokens
+    if turn.index > 1:
+        engine.tail_backlog_tokens += tokens
 
 
 def end_backlog(engine: EngineState | None, turn: TurnState) -> None:
     """The prompt is prefilled, or nobody waits for it any more."""
     if engine is not None and turn.backlog:
         engine.prefill_backlog_tokens -= turn.backlog
+        if turn.index > 1:
+            engine.tail_backlog_tokens -= turn.backlog
         engine.prefilled_turns += 1
     turn.backlog = 0
 
@@ -92,16 +96,81 @@ def correct_prompt(turn: TurnState, prompt_tokens: int) -> int:
     return -more
 
 
+def start_egress(turn: TurnState) -> None:
+    """The prompt is computed and its KV is on the prefiller's link."""
+    if turn.prefiller is not None:
+        turn.leaving = turn.moving_tokens
+        turn.prefiller.egress_tokens += turn.leaving
+
+
 def end_prefill(turn: TurnState) -> EngineState | None:
     """Take the turn off its prefiller's books; returns the prefiller."""
     prefiller = turn.prefiller
     if prefiller is not None:
+        prefiller.egress_tokens -= turn.leaving
+        turn.leaving = 0
         prefiller.reserved_tokens -= turn.prefill_reserved
         prefiller.handing_over_tokens -= turn.prefill_reserved
         prefiller.turns.pop(turn.id, None)
     turn.prefill_reserved = 0
     turn.prefiller = None
     return prefiller
+
+
+def lend(turn: TurnState) -> None:
+    """Book the KV at the conversation's home on the turn, which copies it to where it will live.
+
+    The conversation has no home until the turn is started elsewhere; what it had stays reserved
+    here until `end_source` or `take_back`.
+    """
+    conversation, home = turn.conversation, turn.conversation.home
+    if home is None:
+        raise InvariantError(f"conversation {conversation.id} has no KV to be copied")
+    resident, parked = conversation.resident, conversation.parked
+    leave_home(conversation)
+    turn.source, turn.source_reserved, turn.source_parked = home, resident, parked
+    home.reserved_tokens += resident
+    if parked:
+        home.parked_tokens += parked
+        home.parked_conversations += 1
+    home.turns[turn.id] = turn
+
+
+def end_source(turn: TurnState) -> tuple[EngineState, int] | None:
+    """The copy is over, or nobody waits for it: take the turn off its source's books.
+
+    Returns:
+        The source and the tokens that it has still got; None when there was no source.
+    """
+    source = turn.source
+    if source is None:
+        return None
+    tokens = turn.source_reserved + turn.source_parked
+    source.reserved_tokens -= turn.source_reserved
+    if turn.source_parked:
+        source.parked_tokens -= turn.source_parked
+        source.parked_conversations -= 1
+    source.turns.pop(turn.id, None)
+    turn.source, turn.source_reserved, turn.source_parked = None, 0, 0
+    return source, tokens
+
+
+def take_back(turn: TurnState) -> None:
+    """The copy came to nothing: the conversation lives where it did."""
+    resident, parked = turn.source_reserved, turn.source_parked
+    ended = end_source(turn)
+    if ended is None or ended[0].lost:
+        return
+    source, conversation = ended[0], turn.conversation
+    _settle_home(conversation, source)
+    conversation.resident, conversation.parked = resident, parked
+    source.resident_tokens += resident
+    if parked:
+        source.parked_tokens += parked
+        source.parked_conversations += 1
+    if resident and not conversation.active:
+        source.idle[conversation.id] = conversation
+        source.idle_tokens += resident
 
 
 def end_turn(turn: TurnState, *, context_tokens: int | None) -> list[ConversationState]:
@@ -158,6 +227,7 @@ def _settle_home(conversation: ConversationState, engine: EngineState) -> None:
     leave_home(conversation)
     conversation.home = engine
     engine.ages[age_of(conversation.turns)] += 1
+    engine.foreseen_tokens += conversation.foreseen
 
 
 def adopt(conversation: ConversationState, engine: EngineState, tokens: int) -> None:
@@ -178,6 +248,7 @@ def leave_home(conversation: ConversationState) -> int:
     if home is None:
         return 0
     home.ages[age_of(conversation.turns)] -= 1
+    home.foreseen_tokens -= conversation.foreseen
     if home.idle.pop(conversation.id, None) is not None:
         home.idle_tokens -= conversation.resident
     home.resident_tokens -= conversation.resident
@@ -293,6 +364,9 @@ def check(engine: EngineState) -> None:
         engine.active_tokens,
         engine.active_turns,
         engine.prefill_backlog_tokens,
+        engine.tail_backlog_tokens,
+        engine.egress_tokens,
+        engine.foreseen_tokens,
         *engine.ages,
     )
     if min(amounts) < 0:
@@ -335,6 +409,8 @@ def recount(
         live[turn.conversation.id] += 1
         reserved[id(turn.decoder)] += turn.reserved
         reserved[id(turn.prefiller)] += turn.prefill_reserved
+        reserved[id(turn.source)] += turn.source_reserved
+        parked[id(turn.source)] += turn.source_parked
         backlog[id(turn.prefiller if turn.phase is Phase.PREFILL else turn.decoder)] += turn.backlog
         if (turn.phase is Phase.WAITING) != (turn.decoder is None):
             raise InvariantError(f"turn {turn.id} is {turn.phase.value} on {turn.decoder}")

@@ -7,6 +7,7 @@ from itertools import chain, islice
 from typing import Final
 
 from conserve_serving.core.growth import GrowthModel
+from conserve_serving.core.load import ObservedLoad
 from conserve_serving.core.ranking import Ranking
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.state import EngineState, TurnState
@@ -27,17 +28,25 @@ _TYPICAL_PROMPT_TOKENS: Final = 8192
 class Placer:
     """The engines, ranked, and the arithmetic of room. Changes nothing but its rankings."""
 
-    def __init__(self, settings: SchedulerSettings, policy: Policy, growth: GrowthModel) -> None:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        policy: Policy,
+        growth: GrowthModel,
+        load: ObservedLoad,
+    ) -> None:
         self.engines: dict[EngineId, EngineState] = {}
         self._settings = settings
         self._policy = policy
         self._growth = growth
+        self._load = load
         self._hosts: Ranking[EngineState] = Ranking()
         # By room within reach. Only a cluster short of room asks for it: brought up to date then.
         self._by_room: Ranking[EngineState] = Ranking()
         self._stale: dict[EngineId, EngineState] = {}
         self._prefillers: Ranking[EngineState] = Ranking()
         self._longest: int | None = None
+        self.hosting = False  # the prefill tier, by the policy's last review
 
     # --- membership --------------------------------------------------------------------------
     def add(self, engine: EngineState) -> None:
@@ -45,7 +54,7 @@ class Placer:
         self._measure_longest()
         others = (e.placed_turns for e in self.engines.values() if e is not engine)
         engine.placed_turns = min(others, default=0)  # it takes its place, it catches up on nothing
-        if self._policy.hosts(engine):
+        if self.takes(engine):
             self._rank_host(engine)
         if engine.tier is Tier.PREFILL:
             self._rank_prefiller(engine)
@@ -71,8 +80,33 @@ class Placer:
         if engine.id in self._prefillers:
             self._rank_prefiller(engine)
 
+    def takes(self, engine: EngineState) -> bool:
+        """Whether the engine may hold conversations."""
+        return (self.hosting and engine.tier is Tier.PREFILL) or self._policy.hosts(engine)
+
+    def review(self) -> None:
+        """Let the policy say whether the prefill tier takes conversations from now on.
+
+        Those that live there when it no longer does stay until they end.
+        """
+        engines = list(self.engines.values())
+        hosting = self._policy.prefill_tier_hosts(engines, self._load, hosting=self.hosting)
+        if hosting == self.hosting:
+            return
+        self.hosting = hosting
+        for engine in engines:
+            if engine.tier is not Tier.PREFILL or engine.draining:
+                continue
+            if self.takes(engine):
+                self._rank_host(engine)
+            else:
+                self._hosts.drop(engine.id)
+                self._by_room.drop(engine.id)
+                self._stale.pop(engine.id, None)
+        self._measure_longest()
+
     def _rank_host(self, engine: EngineState) -> None:
-        self._hosts.put(engine.id, engine, self._policy.rank(engine))
+        self._hosts.put(engine.id, engine, self._policy.rank(engine, self._load))
         self._stale[engine.id] = engine
 
     def _rank_prefiller(self, engine: EngineState) -> None:
@@ -92,7 +126,7 @@ class Placer:
         return self._longest
 
     def _measure_longest(self) -> None:
-        hosting = [e for e in self.engines.values() if self._policy.hosts(e)]
+        hosting = [e for e in self.engines.values() if self.takes(e)]
         self._longest = max((e.longest_context_tokens for e in hosting), default=None)
 
     def _roomiest(self) -> Ranking[EngineState]:
@@ -120,7 +154,9 @@ class Placer:
         """Tokens to be free on the engine for the turn: its prompt, and the output to be expected
         from what turns of its age put out, less what its conversation has resident there."""
         conversation = turn.conversation
-        output = self._growth.output_tokens(conversation.turns)
+        output: float | None = turn.predicted_output_tokens
+        if output is None:
+            output = self._growth.output_tokens(conversation.turns)
         if turn.max_output_tokens is not None:
             output = min(output, turn.max_output_tokens)
         target = engine.pages(min(turn.prompt_tokens + output, engine.capacity_tokens))
@@ -202,6 +238,8 @@ class Placer:
     def _headroom_tokens(self, engine: EngineState) -> float:
         if not engine.conversations:
             return 0.0  # nobody there to grow: a conversation that fits is never refused
+        if engine.foreseen_tokens:
+            return max(0, engine.foreseen_tokens - engine.held_tokens - engine.parked_tokens)
         return self._settings.headroom * self._growth.headroom_tokens(engine.ages)
 
     def best_prefiller(self, turn: TurnState, decoder: EngineState) -> EngineState | None:

@@ -94,6 +94,7 @@ class Scheduler:
         self._closed: set[TurnId] = set()
         self._closed_order: deque[TurnId] = deque()
         self._wake_s: float | None = None
+        self._review_s = 0.0
         self._pace = Pace()
         self._handlers: dict[type, Callable[[Any], None]] = {
             EngineJoined: self._on_engine_joined,
@@ -194,6 +195,9 @@ class Scheduler:
             self._placer.touch(engine)
             if self._unseen:
                 self._liken(engine, event.steps)
+        if self._do.now_s >= self._review_s:
+            self._review_s = self._do.now_s + self.settings.review_interval_s
+            self._placer.review()
 
     def _liken(self, engine: EngineState, steps: StepTimes) -> None:
         """Take unseen engines of the same tier to be as fast as one that has been seen at work.
@@ -239,9 +243,12 @@ class Scheduler:
                 self._do.note_kv_lost(turn.conversation, TransferReason.ENGINE_LOST)
                 self._replan(turn)
                 self._dispatch_all(followers)
-            else:
+            elif turn.prefiller is engine:
                 self.counters.fallbacks[Fallback.PREFILLER_LOST] += 1
                 self._dispatch_all(self._do.change_prefiller(turn))
+            else:
+                self.counters.fallbacks[Fallback.SOURCE_LOST] += 1
+                self._dispatch_all(self._do.lose_source(turn))
         self._do.orphan(engine)
 
     # --- arrivals ----------------------------------------------------------------------------
@@ -252,6 +259,7 @@ class Scheduler:
         conversation = self._conversations.get(event.conversation)
         if conversation is None:
             conversation = ConversationState(event.conversation, self._do.now_s)
+            conversation.foreseen = event.foreseen_tokens
             self._conversations[event.conversation] = conversation
             self._adopt(conversation, event)
         conversation.ended = False
@@ -261,6 +269,7 @@ class Scheduler:
             prompt_tokens=max(1, event.prompt_tokens),
             reusable_tokens=event.reusable_tokens,
             max_output_tokens=event.max_output_tokens,
+            predicted_output_tokens=event.predicted_output_tokens,
         )
         conversation.live += 1
         self._touch_conversation(conversation)
@@ -283,7 +292,7 @@ class Scheduler:
         engine = self._current(hint.engine, hint.epoch)
         if engine is None:
             conversation.moved_because = TransferReason.ENGINE_LOST
-        elif self.policy.hosts(engine):
+        elif self._placer.takes(engine):
             ledger.adopt(conversation, engine, max(0, hint.context_tokens))
             self._placer.touch(engine)
 
@@ -300,16 +309,17 @@ class Scheduler:
     # --- progress ----------------------------------------------------------------------------
     def _on_prefill_finished(self, event: PrefillFinished) -> None:
         turn = self._planned(event.turn, event.plan)
-        if turn is None or turn.phase is Phase.HANDOFF:
+        if turn is None or (turn.phase is Phase.HANDOFF and turn.source is None):
             self._ignore(event)
             return
         where = turn.prefiller if turn.phase is Phase.PREFILL else turn.decoder
         ledger.end_backlog(where, turn)
+        freed = ledger.correct_prompt(turn, max(1, event.prompt_tokens))
         if turn.phase is Phase.PREFILL:
             turn.phase = Phase.HANDOFF
+            ledger.start_egress(turn)
         else:
             turn.prefilled = True
-        freed = ledger.correct_prompt(turn, max(1, event.prompt_tokens))
         for engine in (where, turn.decoder):
             if engine is not None:
                 self._placer.touch(engine)
@@ -325,20 +335,23 @@ class Scheduler:
         if turn.phase is Phase.PREFILL:
             ledger.end_backlog(turn.prefiller, turn)
         prefiller = ledger.end_prefill(turn)
+        sender = prefiller or turn.source
         turn.phase = Phase.DECODE
         if event.fallback is not None:
             self.counters.fallbacks[event.fallback] += 1
-            turn.expected_cached_tokens = 0
+            turn.expected_cached_tokens = turn.cached_tokens  # with what it has at its home
             if decoder is not None:
-                ledger.add_backlog(decoder, turn, turn.prompt_tokens)
+                ledger.end_backlog(decoder, turn)
+                ledger.add_backlog(decoder, turn, turn.new_tokens)
                 self._placer.touch(decoder)
         else:
-            turn.prefilled = True
+            turn.prefilled = prefiller is not None  # after a copy, what is appended is to come
             conversation.transfers += 1
             self.counters.transfers[turn.transfer or TransferReason.FIRST_TURN] += 1
             self.counters.transferred_tokens += event.moved_tokens
-            if prefiller is not None:
-                prefiller.link.observe(event.moved_tokens, event.duration_s)
+            if sender is not None:
+                sender.link.observe(event.moved_tokens, event.duration_s)
+        self._do.copied(turn)
         if prefiller is not None:
             self._do.free(prefiller)
         self._dispatch_all(self._do.opened(turn))
@@ -351,6 +364,12 @@ class Scheduler:
         conversation = turn.conversation
         before = conversation.context_tokens
         context = event.prompt_tokens + event.output_tokens
+        self._do.load.observe(
+            first=conversation.turns == 0,
+            prompt_tokens=event.prompt_tokens,
+            new_tokens=turn.new_tokens,
+            output=event.output_tokens,
+        )
         self._do.growth.observe_output(conversation.turns, event.output_tokens)
         if conversation.turns and before:
             self._do.growth.observe_growth(conversation.turns, context - before)

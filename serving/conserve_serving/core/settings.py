@@ -30,6 +30,11 @@ class SchedulerSettings:
         max_attempts: placements a turn may have before it fails.
         headroom: share of the growth observed on live conversations that is kept free for those
             a decoder already holds (0: none).
+        copies: whether the driver can copy a conversation's KV from one engine that holds it to
+            another, and to a prefiller. Without it, policies are not offered to move one, and a
+            prefiller that is given an append computes what its own cache lacks.
+        review_interval_s: how often the policy is asked whether the prefill tier should hold
+            conversations (tier mode ``auto``).
         output_reserve_tokens: room reserved for a turn's output until outputs have been observed.
     """
 
@@ -43,4 +48,6 @@ class SchedulerSettings:
     idle_timeout_s: float = 3600.0
     max_attempts: int = 3
     headroom: float = 1.0
+    copies: bool = False
+    review_interval_s: float = 10.0
     output_reserve_tokens: int = 256

@@ -32,6 +32,7 @@ class ConversationState:
         "active",
         "behind",
         "ended",
+        "foreseen",
         "home",
         "id",
         "last_active_s",
@@ -57,6 +58,7 @@ class ConversationState:
         self.last_active_s = now_s
         self.opening: TurnState | None = None  # the turn that is bringing the KV into being
         self.behind: dict[TurnId, TurnState] | None = None  # turns of it that wait
+        self.foreseen = 0  # all the KV it will ever hold, where an oracle says so
         self.moved_because: TransferReason | None = None  # set when KV was had and lost
 
     def waits(self, turn: TurnState) -> None:
@@ -84,10 +86,12 @@ class TurnState:
         "expected_cached_tokens",
         "id",
         "index",
+        "leaving",
         "max_output_tokens",
         "patient_until_s",
         "phase",
         "plan",
+        "predicted_output_tokens",
         "prefill_reserved",
         "prefilled",
         "prefiller",
@@ -95,6 +99,9 @@ class TurnState:
         "recheck_s",
         "reserved",
         "reusable_tokens",
+        "source",
+        "source_parked",
+        "source_reserved",
         "transfer",
         "until_s",
         "waits_at",
@@ -108,12 +115,14 @@ class TurnState:
         prompt_tokens: int,
         reusable_tokens: int | None,
         max_output_tokens: int | None,
+        predicted_output_tokens: int | None = None,
     ) -> None:
         self.id = turn
         self.conversation = conversation
         self.prompt_tokens = prompt_tokens
         self.reusable_tokens = reusable_tokens
         self.max_output_tokens = max_output_tokens
+        self.predicted_output_tokens = predicted_output_tokens
         self.index = conversation.turns + conversation.live + 1
         self.phase = Phase.WAITING
         self.plan = 0
@@ -124,6 +133,10 @@ class TurnState:
         self.transfer: TransferReason | None = None
         self.reserved = 0  # on the decoder
         self.prefill_reserved = 0  # on the prefiller
+        self.leaving = 0  # KV of it on the prefiller's link
+        self.source: EngineState | None = None  # former home, while its KV is copied from there
+        self.source_reserved = 0  # on the source's device
+        self.source_parked = 0  # in the source's host memory
         self.expected_cached_tokens = 0  # by the current plan
         self.backlog = 0  # uncached tokens not yet prefilled, wherever that happens
         self.context = 0  # what a decode step reads for this turn
@@ -132,6 +145,28 @@ class TurnState:
         self.patient_until_s: float | None = None  # until when it waits for room at its home
         self.until_s: float | None = None  # when a waiting turn is refused
         self.waits_at: EngineState | None = None  # the engine whose room it waits for, if any
+
+    @property
+    def context_tokens(self) -> int:
+        """KV its conversation has at its home."""
+        return self.conversation.context_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """What of the prompt is in that KV."""
+        # At least one token is always computed again, and the books count whole pages.
+        cached = min(self.conversation.context_tokens, self.prompt_tokens - 1)
+        return cached if self.reusable_tokens is None else min(cached, self.reusable_tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        """What is to be computed where the conversation lives."""
+        return self.prompt_tokens - self.cached_tokens
+
+    @property
+    def moving_tokens(self) -> int:
+        """KV that crosses the link once the prompt is computed on a prefiller."""
+        return self.prompt_tokens if self.transfer is not TransferReason.APPEND else self.new_tokens
 
 
 class EngineState:
@@ -143,7 +178,9 @@ class EngineState:
         "ages",
         "capacity_tokens",
         "draining",
+        "egress_tokens",
         "epoch",
+        "foreseen_tokens",
         "handing_over_tokens",
         "host_capacity_tokens",
         "id",
@@ -164,6 +201,7 @@ class EngineState:
         "resident_tokens",
         "running_requests",
         "speeds",
+        "tail_backlog_tokens",
         "tier",
         "turns",
         "waiting",
@@ -182,6 +220,8 @@ class EngineState:
         self.resident_tokens = 0
         self.reserved_tokens = 0
         self.handing_over_tokens = 0  # those of them that leave when a prompt is handed over
+        self.egress_tokens = 0  # KV of computed prompts that is on its link
+        self.foreseen_tokens = 0  # all that its conversations will ever hold, where that is known
         self.parked_tokens = 0
         self.parked_conversations = 0
         self.idle: OrderedDict[ConversationId, ConversationState] = OrderedDict()
@@ -192,6 +232,7 @@ class EngineState:
         self.placed_turns = 0
         self.prefilled_turns = 0  # since the last report
         self.prefill_backlog_tokens = 0
+        self.tail_backlog_tokens = 0  # of that, what later turns append
         self.turns: dict[TurnId, TurnState] = {}
         self.waiting: OrderedDict[TurnId, TurnState] = OrderedDict()
         self.draining = False

@@ -23,10 +23,15 @@ class Tier(enum.StrEnum):
 
 
 class TierMode(enum.StrEnum):
-    """``dedicated``: the prefill tier only prefills. ``hosting``: it holds conversations too."""
+    """``dedicated``: the prefill tier only prefills. ``hosting``: it holds conversations too.
+
+    ``auto``: whichever carries more, by what has been observed; for policies that can tell, for
+    others the same as ``dedicated``.
+    """
 
     DEDICATED = "dedicated"
     HOSTING = "hosting"
+    AUTO = "auto"
 
 
 class Reason(enum.StrEnum):
@@ -37,7 +42,10 @@ class Reason(enum.StrEnum):
     FIRST_TURN_SHORT = "first_turn_short"
     FIRST_TURN_NO_PREFILLER = "first_turn_no_prefiller"
     FIRST_TURN_COLLOCATED = "first_turn_collocated"
+    FIRST_TURN_DEFLECTED = "first_turn_deflected"
     PINNED = "pinned"
+    APPEND_REMOTE = "append_remote"
+    MOVED_FOR_LOAD = "moved_for_load"
     ROUND_ROBIN = "round_robin"
     REPLACED_ENGINE_LOST = "replaced_engine_lost"
     REPLACED_ENGINE_DRAINING = "replaced_engine_draining"
@@ -65,6 +73,8 @@ class TransferReason(enum.StrEnum):
     """Why a conversation's KV crossed a link. The first is the rule, the others are counted."""
 
     FIRST_TURN = "first_turn"
+    APPEND = "append"
+    LOAD = "load"
     ENGINE_LOST = "engine_lost"
     ENGINE_DRAINING = "engine_draining"
     NO_ROOM = "no_room"
@@ -77,6 +87,7 @@ class Fallback(enum.StrEnum):
 
     PREFILLER_FAILED = "prefiller_failed"
     PREFILLER_LOST = "prefiller_lost"
+    SOURCE_LOST = "source_lost"
     ACK_LATE = "ack_late"
     STORE_FULL = "store_full"
     PARTIAL_PAGES = "partial_pages"

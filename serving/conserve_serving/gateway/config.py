@@ -185,7 +185,9 @@ class ResponsesSection(Section):
 class SchedulerSection(Section):
     """The policy and its settings. Times are the engines' own seconds: wall seconds × speed."""
 
-    policy: str = Field(default="conserve", description="conserve, collocated or round_robin")
+    policy: str = Field(
+        default="conserve", description="conserve, or a baseline: see docs/policies.md"
+    )
 
     @field_validator("policy")
     @classmethod
@@ -198,7 +200,7 @@ class SchedulerSection(Section):
         default=TierMode.DEDICATED,
         strict=False,
         description="dedicated: the prefill tier only prefills; hosting: it also holds "
-        "conversations",
+        "conversations; auto: whichever carries more, where the policy can tell (conserve_plus)",
     )
     handoff_min_tokens: int | None = Field(
         default=None,
@@ -245,10 +247,16 @@ class SchedulerSection(Section):
         ge=0,
         description="room reserved for an output until outputs have been observed",
     )
+    review_interval_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="how often it is judged which carries more (tier mode auto)",
+    )
 
     def settings(self) -> SchedulerSettings:
         """The same for the scheduler."""
-        names = [field.name for field in dataclasses.fields(SchedulerSettings)]
+        # This driver moves KV through the hand-off store, to which decoders do not write theirs.
+        names = [f.name for f in dataclasses.fields(SchedulerSettings) if f.name != "copies"]
         return SchedulerSettings(**{name: getattr(self, name) for name in names})
 
 

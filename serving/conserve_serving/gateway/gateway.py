@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from conserve_serving.core.decisions import Park, Place, Release
 from conserve_serving.core.events import ConversationEnded, ConversationIdled
-from conserve_serving.core.policies import Collocated, RoundRobin, make_policy
+from conserve_serving.core.policies import make_policy
 from conserve_serving.core.scheduler import Scheduler
 from conserve_serving.core.types import ConversationId, Reason, Tier, TurnId
 from conserve_serving.energy.nvml import Nvml, load_nvml
@@ -85,7 +85,7 @@ class Gateway:
         self.metrics = Metrics()
         self.background = Background()
         policy = make_policy(config.scheduler.policy, config.scheduler.settings())
-        self._hands_over = not isinstance(policy, Collocated | RoundRobin)
+        self._hands_over = policy.hands_over
         loop = asyncio.get_running_loop()
         self.runtime = Runtime(
             Scheduler(config.scheduler.settings(), policy),

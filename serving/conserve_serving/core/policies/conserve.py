@@ -12,16 +12,17 @@
 
 from __future__ import annotations
 
+from conserve_serving.core.policies.common import Defaults
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.types import Reason, Tier, TierMode
-from conserve_serving.core.views import EngineView, PrefillPlace, TurnView
+from conserve_serving.core.views import EngineView, LoadView, PrefillPlace, TurnView
 
 
-class ConServe:
+class ConServe(Defaults):
     """See the module's text; configured by ``tier_mode`` and ``handoff_min_tokens``."""
 
     name = "conserve"
-    sticky = True
+    hands_over = True
 
     def __init__(self, settings: SchedulerSettings) -> None:
         self._prefill_tier_hosts = settings.tier_mode is TierMode.HOSTING
@@ -31,11 +32,15 @@ class ConServe:
     def hosts(self, engine: EngineView) -> bool:
         return self._prefill_tier_hosts or engine.tier is Tier.DECODE
 
-    def rank(self, engine: EngineView) -> float:
+    def rank(self, engine: EngineView, load: LoadView) -> float:
         return -engine.free_tokens / engine.decode_step_s(engine.active_tokens)
 
     def prefill_place(
-        self, turn: TurnView, decoder: EngineView, prefiller: EngineView | None
+        self,
+        turn: TurnView,
+        decoder: EngineView,
+        prefiller: EngineView | None,
+        load: LoadView,
     ) -> PrefillPlace:
         if decoder.tier is Tier.PREFILL:
             return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_COLLOCATED)
