@@ -16,8 +16,10 @@ from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.types import TierMode
 from conserve_serving.lab.errors import LabError
 
-#: Scheduler settings of every contender, before its own: no turn is refused, none expires.
+#: Scheduler settings of every contender, before its own: no turn is refused, none expires, and KV
+#: can be copied between engines.
 PATIENCE: Final[dict[str, float | int]] = {
+    "copies": True,
     "max_hold_s": 1e9,
     "no_engine_hold_s": 1e9,
     "max_waiting_turns": 10**9,

@@ -57,9 +57,9 @@ def hosting_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
 def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
     """Conversations per second when the prefill tier only prefills first prompts.
 
-    The decode tier takes the first prompts that the prefill tier cannot: where all of ``x`` handed-over
-    conversations a second are at the prefill tier's or the link's limit, the decode tier's time
-    (shared as its engines' speeds allow) carries ``n - x`` more.
+    The decode tier computes the first prompts that the prefill tier cannot: where the prefill tier
+    or its link is at its limit with ``x`` conversations a second, the time that their tails leave
+    on the decode tier carries whole conversations more.
     """
     prefill = [e for e in engines if e.tier is Tier.PREFILL]
     decode = [seconds_for(e, load) for e in engines if e.tier is Tier.DECODE]
@@ -76,7 +76,9 @@ def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
     return handed_per_s + left * sum(1.0 / (t.first_s + t.tail_s) for t in decode)
 
 
-def hosting_carries_more(engines: Sequence[EngineView], load: LoadView, *, hosting: bool) -> bool:
+def hosting_carries_more(
+    engines: Sequence[EngineView], load: LoadView, *, hosting: bool
+) -> bool:
     """Whether the prefill tier should host, with hysteresis around what it does now."""
     hosting_rate, dedicated_rate = hosting_per_s(engines, load), dedicated_per_s(engines, load)
     if hosting:
