@@ -2,7 +2,7 @@
 
 Two sources: step-time tables of the PyPI tool ``aiconfigurator`` (installed by this script into an
 environment of its own, about 850 MB on disk), and the measured figures in ``a40_measured.json``.
-Constants that neither has stand in this file with their source; ``docs/profiles.md`` explains.
+Constants that neither has stand in ``figures.py`` with their source.
 
     python benchmarks/profiles/make_profiles.py [--tool-python PATH] [--only NAME] [--check]
 
@@ -21,6 +21,18 @@ import venv
 from pathlib import Path
 from typing import Any, Final
 
+from figures import (
+    ENGINES,
+    GPUS,
+    KV_BYTES_06B,
+    KV_READ_SHARE,
+    KV_READ_VARIANTS,
+    MODELS,
+    engine_name,
+    kv_capacity_tokens,
+    power_fields,
+)
+
 from conserve_serving.engines.profile import parse_profile
 
 HERE: Final = Path(__file__).resolve().parent
@@ -32,61 +44,6 @@ PREFIX: Final = [0, 2048, 8192, 16384, 32768, 65536, 98304]
 BATCH: Final = [1, 2, 4, 8, 16, 32, 64, 128]
 CTX: Final = [512, 2048, 4096, 8192, 16384, 32768, 65536, 98304]
 
-#: What one GPU has. ``memory_mib``: as nvidia-smi reports it. ``chunk_tokens`` and ``graph_batch``:
-#: SGLang 0.5.23's defaults for that memory (arg_groups/memory_hook.py). Watts: idle with a loaded
-#: model, compute-bound prefill, decode as p0 + (ps - p0)(1 - exp(-batch/h)).
-GPUS: Final[dict[str, dict[str, Any]]] = {
-    "h100": {
-        "gpu": "NVIDIA H100 SXM 80 GB",
-        "system": "h100_sxm",
-        "memory_mib": 81559,
-        "chunk_tokens": 8192,
-        "graph_batch": 256,
-        "power": (120, 690, 410, 630, 96),
-        "power_confidence": "measured",
-        "power_source": "decode: our fit to ML.ENERGY leaderboard points, batch 8-512, rmse 2-8 W "
-        "(below batch 8 it reads high: 300 W reported at batch 1); idle: 75 W bare (Splitwise) "
-        "+ context (arXiv 2605.23918), derived",
-    },
-    "h200": {
-        "gpu": "NVIDIA H200 SXM 141 GB",
-        "system": "h200_sxm",
-        "memory_mib": 143771,
-        "chunk_tokens": 8192,
-        "graph_batch": 256,
-        "power": (120, 690, 300, 560, 96),
-        "power_confidence": "derived",
-        "power_source": "decode 137-300 W over four attention kinds (arXiv 2605.11999), upper half "
-        "derived; idle taken from the H100",
-    },
-    "a100": {
-        "gpu": "NVIDIA A100 SXM 80 GB",
-        "system": "a100_sxm",
-        "memory_mib": 81920,
-        "chunk_tokens": 8192,
-        "graph_batch": 256,
-        "power": (95, 400, 175, 385, 48),
-        "power_confidence": "derived",
-        "power_source": "Splitwise: requests average 0.39-0.64 of TDP, prompts of 512 tokens and "
-        "more 0.98-1.05; decode curve 175-385 W from vLLM fleet-sim",
-    },
-    "l40s": {
-        "gpu": "NVIDIA L40S 48 GB",
-        "system": "l40s",
-        "memory_mib": 46068,
-        "chunk_tokens": 4096,
-        "graph_batch": 32,
-        "power": (100, 345, 220, 335, 64),
-        "power_confidence": "assumed",
-        "power_source": "no public measurement of this load; idle derived from arXiv 2605.23918",
-    },
-}
-MODEL: Final = "Qwen/Qwen3-8B"
-#: 8.19 · 10⁹ parameters in bf16, as the tool counts them.
-WEIGHTS_MIB: Final = 15622
-#: 2 (K, V) · 36 layers · 8 KV heads · 128 · 2 bytes; Qwen3-0.6B: 2 · 28 · 8 · 128 · 2.
-KV_BYTES_8B: Final = 147456
-KV_BYTES_06B: Final = 114688
 #: Native 40,960; 131,072 with YaRN, as the model card gives it. Agent histories need it.
 MAX_CONTEXT: Final = 131072
 
@@ -105,32 +62,31 @@ MIXED: Final = {
 }
 
 
-def kv_capacity_tokens(gpu: dict[str, Any], weights_mib: int, kv_bytes: int) -> int:
-    """Tokens of KV beside weights and SGLang's own reserve (``docs/profiles.md``)."""
-    reserve_mib = 512 + 1.5 * gpu["chunk_tokens"] + 1024 / 8 + 2 * gpu["graph_batch"]
-    if gpu["memory_mib"] > 60 * 1024:
-        reserve_mib = max(reserve_mib, 10 * 1024)
-    free_mib = gpu["memory_mib"] - reserve_mib - weights_mib
-    return int(free_mib * 2**20) // kv_bytes // 64 * 64
-
-
-def tabulated(short: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """A profile from one answer of the tool."""
-    gpu = GPUS[short]
-    capacity = kv_capacity_tokens(gpu, WEIGHTS_MIB, KV_BYTES_8B)
-    table = f"{TOOL}, {answer['system']}, SGLang {answer['database']} tables, tensor parallelism 1"
-    idle_w, prefill_w, p0_w, ps_w, h = gpu["power"]
+def tabulated(engine: tuple[str, str, int], answer: dict[str, Any]) -> dict[str, Any]:
+    """A profile from one answer of the tool, scaled where the tool does not know the GPU."""
+    short, model_name, ranks = engine
+    model = MODELS[model_name]
+    gpu = GPUS[short] | model["power"].get(short, {})
+    capacity = kv_capacity_tokens(gpu, model, ranks)
+    tables = f"{answer['system']}, SGLang {answer['database']} tables"
+    table = f"{TOOL}, {tables}, tensor parallelism {ranks}"
+    slower_prefill = slower_decode = 1.0
+    confidence, how = "tabulated", table
+    if "derived_from" in gpu:
+        _, slower_prefill, slower_decode = gpu["derived_from"]
+        confidence, how = "derived", f"{table}; {gpu['derived_source']}"
+    each = "" if ranks == 1 else f" for each of {ranks} GPUs"
     return {
-        "name": f"{short}-qwen3-8b",
+        "name": engine_name(short, model_name, ranks),
         "gpu": gpu["gpu"],
-        "model": MODEL,
-        "tensor_parallel": 1,
-        "source": f"tabulated: {table}",
+        "model": model["model"],
+        "tensor_parallel": ranks,
+        "source": f"{confidence}: {table}",
         "parts": {
-            "prefill": {"confidence": "tabulated", "source": table},
+            "prefill": {"confidence": confidence, "source": how},
             "decode": {
-                "confidence": "tabulated",
-                "source": f"{table}; plus 0.5 ms + 0.06 ms per request and step, the difference "
+                "confidence": confidence,
+                "source": f"{how}; plus 0.5 ms + 0.06 ms per request and step, the difference "
                 "from ML.ENERGY's H100 measurements (derived there, assumed elsewhere)",
             },
             "mixed": MIXED,
@@ -139,43 +95,73 @@ def tabulated(short: str, answer: dict[str, Any]) -> dict[str, Any]:
                 "source": "memory less weights less SGLang 0.5.23's reserve, docs/profiles.md",
             },
             "host_capacity": HOST_TIER,
-            "host_link": HOST_LINK,
+            "host_link": {**HOST_LINK, "source": HOST_LINK["source"] + each},
             "handoff": {
                 "confidence": "assumed",
-                "source": "1 ms + 40 GB/s to the store, 80 % of one 400 Gb/s NIC; then the host "
-                "link into the receiver",
+                "source": f"1 ms + 40 GB/s{each} to the store, 80 % of one 400 Gb/s NIC; then the "
+                "host link into the receiver",
             },
-            "power": {"confidence": gpu["power_confidence"], "source": gpu["power_source"]},
+            "power": {
+                "confidence": gpu["power_confidence"],
+                "source": f"{gpu['power_source']}. {gpu['band_source']}",
+            },
         },
         "kv_capacity_tokens": capacity,
         "host_capacity_tokens": capacity,
-        "kv_bytes_per_token": KV_BYTES_8B,
+        "kv_bytes_per_token": model["kv_bytes"],
         "max_context_tokens": MAX_CONTEXT,
         "chunk_tokens": gpu["chunk_tokens"],
         "mixed_slowdown": 1.0,
-        "host_link_bytes_per_s": 25e9,
+        "host_link_bytes_per_s": 25e9 * ranks,
         "prefill": {
             "kind": "table",
             "new_tokens": NEW,
             "prefix_tokens": PREFIX,
-            "ms": rounded(answer["prefill_ms"]),
+            "ms": rounded(answer["prefill_ms"], slower_prefill),
         },
         "decode": {
             "kind": "table",
             "batch": BATCH,
             "ctx_tokens": CTX,
-            "ms": rounded(answer["decode_ms"]),
+            "ms": rounded(answer["decode_ms"], slower_decode),
             "overhead_ms": 0.5,
             "overhead_ms_per_request": 0.06,
         },
-        "handoff": {"kind": "affine", "setup_ms": 1.0, "bytes_per_s": 40e9},
-        "power": {
-            "idle_w": idle_w,
-            "prefill_w": prefill_w,
-            "decode_p0_w": p0_w,
-            "decode_ps_w": ps_w,
-            "decode_h": h,
-        },
+        "handoff": {"kind": "affine", "setup_ms": 1.0, "bytes_per_s": 40e9 * ranks},
+        **power_fields(gpu, ranks),
+    }
+
+
+def reading_kv_well(profile: dict[str, Any], engine: tuple[str, str, int]) -> dict[str, Any]:
+    """The same engine if its decode read KV at ``KV_READ_SHARE`` of the memory bandwidth.
+
+    What the table has at no KV at all, by its first slope, stays; from there the line rises with
+    the bytes read.
+    """
+    short, model_name, ranks = engine
+    bytes_per_s = KV_READ_SHARE * GPUS[short]["bandwidth_bytes_per_s"] * ranks
+    ms_per_token = profile["kv_bytes_per_token"] / bytes_per_s * 1e3
+    decode = profile["decode"]
+    ms = []
+    for batch, row in zip(decode["batch"], decode["ms"], strict=True):
+        first, second, *_ = (batch * ctx for ctx in decode["ctx_tokens"])
+        at_none = row[0] - (row[1] - row[0]) / (second - first) * first
+        ms.append([at_none + ms_per_token * batch * ctx for ctx in decode["ctx_tokens"]])
+    source = (
+        f"{KV_READ_SHARE:.0%} of {GPUS[short]['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s per GPU "
+        "for reading KV, on the table's times without any; the table reads at a third to two thirds"
+    )
+    parts = profile["parts"] | {
+        "decode": {
+            "confidence": "derived",
+            "source": f"{source}. {profile['parts']['decode']['source']}",
+        }
+    }
+    return profile | {
+        "name": engine_name(short, model_name, ranks, variant="-kv80"),
+        "source": f"derived: {profile['parts']['prefill']['source']}; decode: {source}",
+        "parts": parts,
+        "decode": decode | {"ms": rounded(ms)},
     }
 
 
@@ -210,7 +196,10 @@ def measured_a40(figures: dict[str, Any]) -> dict[str, Any]:
                 "116 GB/s of KV: more than one NVLink bridge direction carries (56 GB/s), so it is "
                 "a lower bound of the time",
             },
-            "power": {"confidence": "assumed", "source": "300 W board, no measurement"},
+            "power": {
+                "confidence": GPUS["a40"]["power_confidence"],
+                "source": f"{GPUS['a40']['power_source']}. {GPUS['a40']['band_source']}",
+            },
         },
         "kv_capacity_tokens": figures["kv_capacity_tokens"],
         "host_capacity_tokens": figures["kv_capacity_tokens"],
@@ -235,13 +224,7 @@ def measured_a40(figures: dict[str, Any]) -> dict[str, Any]:
             "offset_ms": transfer["offset_ms"],
             "us_per_token": transfer["slope_us_per_token"],
         },
-        "power": {
-            "idle_w": 75,
-            "prefill_w": 295,
-            "decode_p0_w": 190,
-            "decode_ps_w": 285,
-            "decode_h": 64,
-        },
+        **power_fields(GPUS["a40"], 1),
         "decode_grid": [
             {"batch": batch, "ctx_tokens": ctx, "kv_tokens": kv, "ms": ms}
             for batch, ctx, kv, ms in grid
@@ -300,9 +283,9 @@ def least_squares(rows: list[tuple[tuple[float, float, float], float]]) -> list[
     return [matrix[i][3] / matrix[i][i] for i in range(3)]
 
 
-def rounded(ms: list[list[float]]) -> list[list[float]]:
-    """To 0.1 µs, so that files stay small and comparable."""
-    return [[round(value, 4) for value in row] for row in ms]
+def rounded(ms: list[list[float]], factor: float = 1.0) -> list[list[float]]:
+    """Times ``factor``, to 0.1 µs, so that files stay small and comparable."""
+    return [[round(value * factor, 4) for value in row] for row in ms]
 
 
 def to_text(profile: dict[str, Any]) -> str:
@@ -313,10 +296,14 @@ def to_text(profile: dict[str, Any]) -> str:
     return text + "\n"
 
 
-def query(tool_python: Path, shorts: list[str]) -> dict[str, dict[str, Any]]:
-    """Ask the tool for every GPU's tables."""
+def query(tool_python: Path, engines: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
+    """Ask the tool for the tables of every engine, in order."""
     grids = {"new": NEW, "prefix": PREFIX, "batch": BATCH, "ctx": CTX}
-    wanted = [{"system": GPUS[s]["system"], "model": MODEL, **grids} for s in shorts]
+    wanted = []
+    for short, model, ranks in engines:
+        base = GPUS[short].get("derived_from", (short,))[0]
+        asked = {"system": GPUS[base]["system"], "model": MODELS[model]["model"], "ranks": ranks}
+        wanted.append(asked | grids)
     done = subprocess.run(
         [tool_python, HERE / "query_tables.py"],
         input=json.dumps(wanted),
@@ -326,30 +313,50 @@ def query(tool_python: Path, shorts: list[str]) -> dict[str, dict[str, Any]]:
     )
     if done.returncode:
         raise SystemExit(f"{TOOL} failed:\n{done.stderr[-2000:]}")
-    return dict(zip(shorts, json.loads(done.stdout), strict=True))
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
+
+
+def from_tables(tool_python: Path | None, only: str | None) -> list[dict[str, Any]]:
+    """Every profile that rests on the tool's tables, or the one asked for."""
+    variants = {engine: engine_name(*engine, variant="-kv80") for engine in KV_READ_VARIANTS}
+    engines = [
+        engine
+        for engine in ENGINES
+        if only in (None, engine_name(*engine), variants.get(engine, ""))
+    ]
+    if not engines:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        if tool_python is None:
+            venv.create(folder, with_pip=True)
+            tool_python = Path(folder) / "bin" / "python"
+            subprocess.run([tool_python, "-m", "pip", "install", "--quiet", TOOL], check=True)
+        answers = query(tool_python, engines)
+    profiles = []
+    for engine, answer in zip(engines, answers, strict=True):
+        profiles.append(tabulated(engine, answer))
+        if engine in variants:
+            profiles.append(reading_kv_well(profiles[-1], engine))
+    return [profile for profile in profiles if only in (None, profile["name"])]
 
 
 def main() -> int:
     """Write or check the profiles; 0 when all is well."""
+    names = [
+        "a40-qwen3-0.6b",
+        *(engine_name(*engine) for engine in ENGINES),
+        *(engine_name(*engine, variant="-kv80") for engine in KV_READ_VARIANTS),
+    ]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tool-python", type=Path, help=f"a Python that has {TOOL}")
-    parser.add_argument("--only", choices=["a40", *GPUS], help="make one profile")
+    parser.add_argument("--only", choices=names, help="make one profile")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     options = parser.parse_args()
 
-    profiles = []
-    if options.only in (None, "a40"):
+    profiles = from_tables(options.tool_python, options.only)
+    if options.only in (None, "a40-qwen3-0.6b"):
         profiles.append(measured_a40(json.loads((HERE / "a40_measured.json").read_text())))
-    shorts = [short for short in GPUS if options.only in (None, short)]
-    if shorts:
-        with tempfile.TemporaryDirectory() as folder:
-            python = options.tool_python
-            if python is None:
-                venv.create(folder, with_pip=True)
-                python = Path(folder) / "bin" / "python"
-                subprocess.run([python, "-m", "pip", "install", "--quiet", TOOL], check=True)
-            answers = query(python, shorts)
-        profiles += [tabulated(short, answers[short]) for short in shorts]
 
     changed = 0
     TARGET.mkdir(exist_ok=True)

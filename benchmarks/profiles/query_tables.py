@@ -1,7 +1,8 @@
 """Query step times from aiconfigurator; run by ``make_profiles.py`` in that tool's environment.
 
-Reads a JSON list of ``{"system", "model", "new", "prefix", "batch", "ctx"}`` on standard input and
-writes the answers, ``prefill_ms[new][prefix]`` and ``decode_ms[batch][ctx]``, on standard output.
+Reads a JSON list of ``{"system", "model", "ranks", "new", "prefix", "batch", "ctx"}`` on standard
+input and writes the answers, ``prefill_ms[new][prefix]`` and ``decode_ms[batch][ctx]``, on standard
+output.
 """
 
 # ruff: noqa: PLC0415 - only the tool's own environment has these packages
@@ -16,14 +17,14 @@ BACKEND = "sglang"
 
 
 def query(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Step times of one model on one system, tensor parallelism 1, in milliseconds."""
+    """Step times in milliseconds of one model on ``ranks`` GPUs of one system."""
     from aiconfigurator.sdk import config, models, perf_database
     from aiconfigurator.sdk.backends.factory import get_backend
     from aiconfigurator.sdk.inference_session import InferenceSession
 
     version = perf_database.get_latest_database_version(wanted["system"], BACKEND)
     database = perf_database.get_database(wanted["system"], BACKEND, version)
-    model = models.get_model(wanted["model"], config.ModelConfig(tp_size=1), BACKEND)
+    model = models.get_model(wanted["model"], config.ModelConfig(tp_size=wanted["ranks"]), BACKEND)
     session = InferenceSession(model, database, get_backend(BACKEND))
 
     def prefill_ms(new: int, prefix: int) -> float:

@@ -76,19 +76,29 @@ class Board(_Data, frozen=True):
 
 
 class LinkSpec(_Data, frozen=True):
-    """How KV gets from one engine to another: see ``HandoffAffine`` for what the figures mean."""
+    """How KV gets from one engine to another: see ``HandoffAffine`` for what the figures mean.
+
+    ``per_gpu``: an engine of several GPUs has as many such links; else it has one.
+    """
 
     title: str
     setup_ms: float
     bytes_per_s: float
     via_store: bool
+    per_gpu: bool
     confidence: Confidence
     source: str
 
-    def handoff(self) -> HandoffAffine:
-        """The hand-off of a profile on this link."""
+    def __post_init__(self) -> None:
+        """Refuse a link that carries nothing."""
+        self.handoff(1)
+
+    def handoff(self, gpus: int) -> HandoffAffine:
+        """The hand-off of an engine of so many GPUs on this link."""
         return HandoffAffine(
-            setup_ms=self.setup_ms, bytes_per_s=self.bytes_per_s, via_store=self.via_store
+            setup_ms=self.setup_ms,
+            bytes_per_s=self.bytes_per_s * (gpus if self.per_gpu else 1),
+            via_store=self.via_store,
         )
 
 
@@ -263,7 +273,7 @@ class ClusterSpec(_Data, frozen=True):
             profile = group.hardware()
             changes: dict[str, Any] = {"mixed_slowdown": mixed_slowdown}
             if carried is not None:
-                changes["handoff"] = carried.handoff()
+                changes["handoff"] = carried.handoff(profile.tensor_parallel)
                 part = Part(confidence=carried.confidence, source=carried.source)
                 changes["parts"] = profile.parts | {"handoff": part}
             if PowerLevel(power) is not PowerLevel.MID:
