@@ -9,7 +9,6 @@ differ only by how far they are stretched. ``docs/workloads.md`` is for people.
 from __future__ import annotations
 
 import enum
-import hashlib
 import heapq
 import itertools
 import random
@@ -22,14 +21,17 @@ from typing import Final
 from conserve_serving.core.types import ConversationId
 from conserve_serving.lab import arrivals
 from conserve_serving.lab.arrivals import Bursts
+from conserve_serving.lab.cuts import Answers, Cuts, Cutter, Split
 from conserve_serving.lab.errors import WorkloadError
 from conserve_serving.replay import generator
-from conserve_serving.replay.conversations import Conversation, Turn
+from conserve_serving.replay.conversations import Conversation
 from conserve_serving.replay.errors import TraceError
 from conserve_serving.replay.session import GENERATED
 from conserve_serving.replay.traces import TraceFormat, load_trace
 from conserve_serving.replay.workload import Caps, Workload, select
 from conserve_serving.simulator.conversation import SimulatedConversation, SimulatedTurn
+
+__all__ = ["Answers", "Arrivals", "Pool", "SharedPrefix", "Split", "WorkloadSpec"]
 
 #: Conversations in the pool of a generated workload, where the spec does not say.
 GENERATED_POOL: Final = 1000
@@ -37,10 +39,6 @@ GENERATED_POOL: Final = 1000
 _POOL_SEED: Final = 0
 #: Stands between a conversation's id in the pool and the number of its draw.
 _DRAW: Final = "~"
-#: A turn that keeps less than this share of the context before it is a reset.
-RESET_SHARE: Final = 0.5
-#: Traces that name prompts by blocks of tokens lose up to a block of what is kept.
-_BLOCK_TOKENS: Final = 64
 
 
 class Arrivals(enum.StrEnum):
@@ -51,32 +49,11 @@ class Arrivals(enum.StrEnum):
     RECORDED = "recorded"
 
 
-class Split(enum.StrEnum):
-    """Which conversations of a trace: all, or one of two halves told by a hash of their names."""
-
-    ALL = "all"
-    TUNE = "tune"
-    TEST = "test"
-
-
 class SharedPrefix(enum.StrEnum):
     """``cold``: conversations share nothing; ``warm``: they begin with the trace's prefixes."""
 
     COLD = "cold"
     WARM = "warm"
-
-
-class Answers(enum.StrEnum):
-    """Whether an answer is part of the next prompt's history.
-
-    ``recorded``: what the trace counts as new is new. ``returned``: a turn that keeps the whole
-    previous prompt (but for part of a block), and whose own prompt has room for the answer, kept
-    the answer, too. Some traces compare prompts with prompts and therefore count every answer as
-    new input, although its KV is where it was generated.
-    """
-
-    RECORDED = "recorded"
-    RETURNED = "returned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +68,9 @@ class WorkloadSpec:
         split: which half of the pool.
         max_turns, max_context_tokens, max_gap_s, scale: caps as those of ``conserve replay``
             (:class:`conserve_serving.replay.workload.Caps`); None: none.
-        until_reset: conversations end before the first turn that keeps less than ``RESET_SHARE``
-            of the context before it.
-        answers: see :class:`Answers`.
+        until_reset: conversations end before their first reset
+            (:func:`conserve_serving.lab.cuts.is_reset`).
+        answers: see :class:`conserve_serving.lab.cuts.Answers`.
         conversations: how many arrive; the sub-agents of those that have some come on top. None:
             as many as the pool has.
         arrivals: see :class:`Arrivals`.
@@ -200,7 +177,8 @@ class Pool:
     Attributes:
         workload: the conversations, sub-agents among them, and what the caps cost.
         resets_cut: turns that ``until_reset`` left out.
-        answers_returned: turns whose previous answer was taken as kept (see :class:`Answers`).
+        answers_returned: turns whose previous answer was taken as kept; see
+            ``WorkloadSpec.answers``.
         orphans: sub-agents left out because their parents are, or end before them.
     """
 
@@ -358,13 +336,27 @@ def _load(spec: WorkloadSpec) -> Pool:
         max_gap_s=spec.max_gap_s,
         scale=spec.scale,
     )
-    cutter = _Cutter(spec)
+    cutter = Cutter(
+        Cuts(
+            split=spec.split,
+            answers=spec.answers,
+            until_reset=spec.until_reset,
+            max_gap_s=spec.max_gap_s,
+        )
+    )
     try:
         name, whole = _source(spec)
         workload = select(cutter.cut(whole), caps, name=name)
     except TraceError as error:
         raise WorkloadError(str(error)) from error
-    return cutter.pool(workload)
+    conversations, children = cutter.families(workload.conversations)
+    return Pool(
+        workload=replace(workload, conversations=conversations),
+        resets_cut=cutter.resets_cut,
+        answers_returned=cutter.answers_returned,
+        orphans=cutter.orphans,
+        _children=children,
+    )
 
 
 def _source(spec: WorkloadSpec) -> tuple[str, Iterable[Conversation]]:
@@ -377,90 +369,3 @@ def _source(spec: WorkloadSpec) -> tuple[str, Iterable[Conversation]]:
         return spec.source, made
     path = Path(spec.source)
     return path.name, itertools.islice(load_trace(path, spec.trace_format), spec.pool_size)
-
-
-def root(conversation: Conversation) -> str:
-    """The name that decides a conversation's half: a sub-agent goes with its ancestor."""
-    return conversation.id if conversation.parent is None else conversation.id.partition("/")[0]
-
-
-def in_split(name: str, split: Split) -> bool:
-    """Whether the conversation of that name is in that half; told by the name alone."""
-    if split is Split.ALL:
-        return True
-    even = hashlib.sha256(name.encode()).digest()[0] % 2 == 0
-    return even is (split is Split.TUNE)
-
-
-def is_reset(turn: Turn, before: Turn) -> bool:
-    """Whether a turn dropped most of the context before it (a compaction, a cleared history)."""
-    return turn.kept_tokens < RESET_SHARE * before.context_tokens
-
-
-def returned(turn: Turn, before: Turn) -> Turn:
-    """The turn with the answer before it as part of what it keeps, where that can be.
-
-    See :class:`Answers`; the same turn where the answer is kept already, or cannot be.
-    """
-    kept = turn.kept_tokens
-    if kept >= before.context_tokens or turn.input_tokens < before.context_tokens:
-        return turn
-    if kept <= before.input_tokens - _BLOCK_TOKENS:  # something before the answer was changed
-        return turn
-    return replace(turn, new_input_tokens=turn.input_tokens - before.context_tokens)
-
-
-class _Cutter:
-    """What the laboratory does to a trace before the replayer's caps do theirs."""
-
-    def __init__(self, spec: WorkloadSpec) -> None:
-        self._spec = spec
-        self._resets_cut = 0
-        self._answers_returned = 0
-        self._recorded: dict[str, Conversation] = {}
-
-    def cut(self, whole: Iterable[Conversation]) -> Iterator[Conversation]:
-        for conversation in whole:
-            if in_split(root(conversation), self._spec.split):
-                self._recorded[conversation.id] = conversation
-                yield replace(conversation, turns=tuple(self._turns(conversation.turns)))
-
-    def _turns(self, turns: tuple[Turn, ...]) -> Iterator[Turn]:
-        before: Turn | None = None
-        for number, recorded in enumerate(turns):
-            turn = recorded
-            if before is not None:
-                if self._spec.answers is Answers.RETURNED:
-                    turn = returned(recorded, before)
-                    self._answers_returned += turn is not recorded
-                if self._spec.until_reset and is_reset(turn, before):
-                    self._resets_cut += len(turns) - number
-                    return
-            yield turn
-            before = recorded
-
-    def pool(self, workload: Workload) -> Pool:
-        """The pool of what the caps left, without sub-agents that nobody calls any more."""
-        kept: dict[str, Conversation] = {}
-        children: dict[str, list[int]] = {}
-        for c in workload.conversations:
-            if c.parent is None:
-                kept[c.id] = c
-            elif c.parent in kept and c.parent_turns <= len(kept[c.parent].turns):
-                children.setdefault(c.parent, []).append(len(kept))
-                kept[c.id] = replace(c, offset_s=max(0.0, c.offset_s - self._shortened_s(c)))
-        return Pool(
-            workload=replace(workload, conversations=tuple(kept.values())),
-            resets_cut=self._resets_cut,
-            answers_returned=self._answers_returned,
-            orphans=len(workload.conversations) - len(kept),
-            _children=children,
-        )
-
-    def _shortened_s(self, child: Conversation) -> float:
-        """How much of the parent's gaps before its sub-agent the cap on gaps takes out."""
-        limit = self._spec.max_gap_s
-        if limit is None or child.parent is None:
-            return 0.0
-        before = self._recorded[child.parent].turns[: child.parent_turns]
-        return sum(max(0.0, turn.gap_s - limit) for turn in before)
