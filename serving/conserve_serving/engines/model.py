@@ -256,7 +256,15 @@ class EngineModel:
             prefill_s = self._times.prefill_batch_s(
                 [(tokens, work.computed_tokens) for work, tokens in self._chunks]
             )
-            duration_s = self._times.mixed_s(prefill_s, decode_s) if batch else prefill_s
+            duration_s = prefill_s
+            if batch:
+                duration_s = self._times.mixed_s(
+                    prefill_s,
+                    decode_s,
+                    chunk_tokens=sum(tokens for _, tokens in self._chunks),
+                    batch=batch,
+                    kv_tokens=kv_tokens,
+                )
         elif until_s is not None:
             wake_s = self.wake_at_s()
             horizon_s = (until_s if wake_s is None else min(until_s, wake_s)) - start_s

@@ -17,6 +17,7 @@ import msgspec
 
 from conserve_serving.core.types import EngineSpeeds, Link
 from conserve_serving.engines.errors import ProfileError
+from conserve_serving.engines.mixed import MixedTable
 from conserve_serving.engines.power import PowerModel
 
 #: Every profile states a confidence and a source for each of these.
@@ -175,7 +176,8 @@ class HardwareProfile(_Data, frozen=True):
         kv_bytes_per_token: KV bytes of one token, all layers, all GPUs.
         max_context_tokens: longest prompt plus output.
         chunk_tokens: token budget of one step.
-        mixed_slowdown: time of a step with prefill and decode over the sum of the two alone.
+        mixed_slowdown: time of a step with prefill and decode over the sum of the two alone; with
+            a measured table ``mixed``, over what that table says (1.0: as measured).
         host_link_bytes_per_s: host to device, for parked KV and for KV from the store.
         power_low, power_high: the least and the most that the power may be (docs/profiles.md);
             None: a quarter less and more than ``power``.
@@ -201,6 +203,7 @@ class HardwareProfile(_Data, frozen=True):
     power: PowerModel
     power_low: PowerModel | None = None
     power_high: PowerModel | None = None
+    mixed: MixedTable | None = None
     decode_grid: tuple[GridCell, ...] = ()
 
     def __post_init__(self) -> None:
@@ -318,7 +321,8 @@ class HardwareProfile(_Data, frozen=True):
         """What the scheduler assumes of this engine before it has reported anything.
 
         Prefill speed is that of a cold prompt of 8,192 tokens in this engine's chunks; the decode
-        line goes through an empty batch of 1 and a batch of 16 that fills half the KV.
+        line goes through an empty batch of 1 and a batch of 16 that fills half the KV; that batch
+        beside a whole chunk gives the slowdown of mixed steps.
         """
         from conserve_serving.engines.steptime import StepTimes  # noqa: PLC0415 - it imports us
 
@@ -333,7 +337,7 @@ class HardwareProfile(_Data, frozen=True):
             prefill_tokens_per_s=prompt / prefill_s,
             decode_step_s=times.decode_s(1, 1),
             decode_step_s_per_kv_token=(times.decode_s(16, half) - times.decode_s(16, 16)) / half,
-            mixed_slowdown=self.mixed_slowdown,
+            mixed_slowdown=times.mixed_slowdown(self.chunk_tokens, 16, half),
         )
 
 

@@ -8,7 +8,8 @@ A step computes prompt chunks, decodes one token for each running request, or bo
 * **decode**: from the batch and the KV tokens read, piecewise linear in the latter; stretched
   where the board's power limit is below what the batch would draw (``power.py``);
 * **mixed**: ``mixed_slowdown × (prefill + decode)``. The sum is the assumption, the factor says
-  how far reality departs from it.
+  how far reality departs from it; with a measured table of slowdowns (``mixed.py``), that times
+  the factor.
 """
 
 from __future__ import annotations
@@ -94,9 +95,30 @@ class StepTimes:
                 return line
         return curve[-1]
 
-    def mixed_s(self, prefill_s: float, decode_s: float) -> float:
-        """Time of a step that does both."""
-        return self._profile.mixed_slowdown * (prefill_s + decode_s)
+    def mixed_s(
+        self,
+        prefill_s: float,
+        decode_s: float,
+        *,
+        chunk_tokens: int,
+        batch: int,
+        kv_tokens: float,
+    ) -> float:
+        """Time of a step that does both.
+
+        Args:
+            prefill_s, decode_s: its parts, each alone.
+            chunk_tokens: prompt tokens it computes.
+            batch, kv_tokens: requests that decode, and the KV they read.
+        """
+        return self.mixed_slowdown(chunk_tokens, batch, kv_tokens) * (prefill_s + decode_s)
+
+    def mixed_slowdown(self, chunk_tokens: int, batch: int, kv_tokens: float) -> float:
+        """What the sum of the parts of such a step is multiplied by."""
+        table = self._profile.mixed
+        if table is None or batch <= 0:
+            return self._profile.mixed_slowdown
+        return self._profile.mixed_slowdown * table.at(chunk_tokens, batch, kv_tokens / batch)
 
     def _curve(self, batch: int) -> list[DecodeLine]:
         form = self._profile.decode
