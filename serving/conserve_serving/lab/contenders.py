@@ -104,12 +104,17 @@ _TABLE: Final[tuple[tuple[Contender, str], ...]] = (
         "the same, with a prefill tier that holds conversations, too",
     ),
     (
-        Contender(label="conserve_plus", policy="conserve_plus"),
-        "ConServe with every mechanism that observation supports",
+        Contender(label="conserve_plus", policy="conserve_plus", tier_mode="auto"),
+        "ConServe with every mechanism that observation supports; the prefill tier holds "
+        "conversations while that carries more",
+    ),
+    (
+        Contender(label="conserve_plus-dedicated", policy="conserve_plus"),
+        "the same, with a prefill tier that only prefills",
     ),
     (
         Contender(label="conserve_plus-hosting", policy="conserve_plus", tier_mode="hosting"),
-        "the same, with a prefill tier that holds conversations, too",
+        "the same, with a prefill tier that always holds conversations, too",
     ),
     (
         Contender(label="collocated", policy="collocated"),

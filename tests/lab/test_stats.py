@@ -1,0 +1,137 @@
+"""Intervals: properties that hold for any figures, and how often they hold the truth."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conserve_serving.lab.errors import LabError
+from conserve_serving.lab.stats import (
+    RESAMPLES,
+    Estimate,
+    Verdict,
+    difference,
+    mean,
+    ratio,
+    verdict,
+)
+
+figures = st.lists(st.floats(0.1, 1e3), min_size=2, max_size=16)
+
+
+@given(figures)
+def test_a_mean_lies_in_its_interval_and_the_interval_in_the_data(values: list[float]) -> None:
+    found = mean(values, resamples=500)
+    assert found.value == pytest.approx(math.fsum(values) / len(values))
+    slack = 1e-9 * max(values)
+    assert min(values) - slack <= found.low <= found.high <= max(values) + slack
+    assert found.low - slack <= found.value <= found.high + slack
+    assert found.n == len(values)
+
+
+@given(figures, st.floats(0.01, 100.0))
+def test_a_ratio_to_a_multiple_is_exact(values: list[float], factor: float) -> None:
+    """Paired: whatever the seeds do to both, they do not blur what one does to the other."""
+    found = ratio([factor * value for value in values], values, resamples=500)
+    assert (found.low, found.value, found.high) == pytest.approx((factor, factor, factor))
+
+
+@given(figures, st.floats(-100.0, 100.0))
+def test_a_difference_by_a_constant_is_exact(values: list[float], by: float) -> None:
+    found = difference([value + by for value in values], values, resamples=500)
+    assert (found.low, found.value, found.high) == pytest.approx((by, by, by), abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(0.1, 100)), min_size=2, max_size=16))
+def test_swapping_the_two_turns_the_interval_round(pairs: list[tuple[float, float]]) -> None:
+    a, b = [x for x, _ in pairs], [y for _, y in pairs]
+    assert ratio(a, b, resamples=500).value == pytest.approx(1 / ratio(b, a, resamples=500).value)
+    there, back = difference(a, b, resamples=500), difference(b, a, resamples=500)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+
+
+def test_equal_seeds_give_equal_intervals_and_other_seeds_similar_ones() -> None:
+    values = [value**0.5 for value in (1, 2, 4, 8, 9, 3, 17, 11, 6, 5, 2.5, 7)]
+    assert mean(values, seed=3) == mean(values, seed=3)
+    assert mean(values, seed=3) != mean(values, seed=4)
+    assert mean(values, seed=3).low == pytest.approx(mean(values, seed=4).low, rel=0.02)
+
+
+def test_the_interval_is_the_percentile_bootstrap_of_ten_thousand_resamples() -> None:
+    """The same by hand: seeds are drawn with replacement, and both contenders get the same."""
+    a, b = np.array([5.0, 7.0, 6.0, 9.0]), np.array([4.0, 9.0, 5.0, 6.0])
+    draws = np.random.default_rng(0).integers(0, 4, size=(10_000, 4))
+    by_hand = [a[draw].sum() / b[draw].sum() for draw in draws]
+    found = ratio(list(a), list(b))
+    assert RESAMPLES == 10_000
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(by_hand, (0.025, 0.975))))
+    assert found.value == pytest.approx(27 / 24)
+
+
+def test_pairing_is_what_makes_small_differences_visible() -> None:
+    draw = random.Random(5)
+    theirs = [draw.lognormvariate(0, 0.7) for _ in range(12)]
+    ours = [0.9 * value * draw.uniform(0.97, 1.03) for value in theirs]
+    paired = ratio(ours, theirs)
+    unpaired = ratio(ours, theirs[5:] + theirs[:5])
+    assert paired.high < 1.0
+    assert unpaired.low < 1.0 < unpaired.high
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    draw = random.Random(1)
+    held = 0
+    for _ in range(400):
+        found = mean([draw.gauss(10.0, 2.0) for _ in range(12)], resamples=1000)
+        held += found.low <= 10.0 <= found.high
+    assert 0.88 <= held / 400 <= 0.97  # nominally 0.95; a percentile interval of 12 is too narrow
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "higher_is_better", "expected"),
+    [
+        (0.80, 0.75, 0.85, False, Verdict.WIN),
+        (0.80, 0.75, 0.85, True, Verdict.LOSS),
+        (1.30, 1.10, 1.50, True, Verdict.WIN),
+        (1.30, 1.10, 1.50, False, Verdict.LOSS),
+        (0.80, 0.55, 1.05, False, Verdict.TIE),  # the interval holds 1
+        (0.985, 0.98, 0.99, False, Verdict.TIE),  # certain, but within 2 %
+        (0.97, 0.965, 0.975, False, Verdict.WIN),
+        (1.0, 1.0, 1.0, False, Verdict.TIE),
+    ],
+)
+def test_win_tie_loss(value, low, high, higher_is_better, expected) -> None:
+    of = Estimate(value=value, low=low, high=high, n=12)
+    assert verdict(of, higher_is_better=higher_is_better) is expected
+
+
+def test_a_wider_margin_makes_a_win_a_tie() -> None:
+    of = Estimate(value=0.9, low=0.88, high=0.92, n=12)
+    assert verdict(of, higher_is_better=False) is Verdict.WIN
+    assert verdict(of, higher_is_better=False, margin=0.15) is Verdict.TIE
+
+
+def test_one_seed_says_nothing() -> None:
+    found = ratio([1.0], [2.0])
+    assert found.value == 0.5
+    assert math.isnan(found.low) and math.isnan(found.high)
+    assert verdict(found, higher_is_better=False) is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: mean([]), "there are none"),
+        (lambda: mean([1.0, math.nan]), "not finite"),
+        (lambda: ratio([1.0, 2.0], [1.0]), "cannot be paired"),
+        (lambda: ratio([1.0, 2.0], [1.0, 0.0]), "positive"),
+    ],
+)
+def test_what_cannot_be_estimated(call, text: str) -> None:
+    with pytest.raises(LabError, match=text):
+        call()
