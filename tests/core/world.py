@@ -17,6 +17,7 @@ from conserve_serving.core.events import (
     TurnFinished,
 )
 from conserve_serving.core.types import ConversationId, EngineSpeeds, Fallback, Tier, TurnId
+from conserve_serving.core.views import Policy
 
 D = TypeVar("D")
 
@@ -24,9 +25,11 @@ D = TypeVar("D")
 class World:
     """One scheduler and its clock."""
 
-    def __init__(self, policy: str = "conserve", **settings: object) -> None:
+    def __init__(self, policy: str | Policy = "conserve", **settings: object) -> None:
         self.settings = SchedulerSettings(**settings)  # type: ignore[arg-type] # by keyword
-        self.scheduler = Scheduler(self.settings, make_policy(policy, self.settings))
+        if isinstance(policy, str):
+            policy = make_policy(policy, self.settings)
+        self.scheduler = Scheduler(self.settings, policy)
         self.now_s = 0.0
 
     def send(self, event: Event) -> list[Decision]:
@@ -62,6 +65,8 @@ class World:
                 prompt_tokens=prompt_tokens,
                 reusable_tokens=extra.get("reusable_tokens"),
                 max_output_tokens=extra.get("max_output_tokens"),
+                predicted_output_tokens=extra.get("predicted_output_tokens"),
+                foreseen_tokens=extra.get("foreseen_tokens") or 0,
             )
         )
 
