@@ -1,4 +1,4 @@
-"""Later turns that a policy sends elsewhere: appends prefilled remotely, conversations that move."""
+"""Later turns that a policy sends elsewhere: remote appends, conversations that move."""
 
 from __future__ import annotations
 
