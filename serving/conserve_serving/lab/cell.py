@@ -76,7 +76,7 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :func:`cell_from_json` reads it back."""
-        data: dict[str, Any] = msgspec.to_builtins(self)
+        data: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return data
 
 

@@ -45,7 +45,7 @@ class Target(enum.StrEnum):
         if self is Target.STABLE:
             return not row["saturated"] and not row["conversations_incomplete"]
         met = row["slo"]["all" if self is Target.ANY else self.value]
-        return met is not None and 1.0 - met <= MISSES
+        return met is not None and met >= 1.0 - MISSES
 
 
 @dataclass(slots=True, kw_only=True)
