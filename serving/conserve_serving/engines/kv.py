@@ -68,7 +68,9 @@ class KvPool:
         self.host_used_tokens = 0
         self.parked_tokens_total = 0
         self.restored_tokens_total = 0
-        self.dropped_tokens_total = 0
+        self.evicted_tokens_total = 0  # left the device for want of room
+        self.dropped_tokens_total = 0  # left both tiers, for whatever reason ...
+        self.freed_tokens_total = 0  # ... and of them those that nobody wanted any more
         self._root = Node(StreamPrompt((), page_tokens), 0, None)
         self.sessions = Sessions(self._root, self._offer)
         self._clock = 0
@@ -127,6 +129,21 @@ class KvPool:
             if not whole:
                 break
         return Match(node, device, at - device, ready_s)
+
+    def cached_tokens(self, prompt: Prompt) -> int:
+        """Leading tokens of ``prompt`` that are cached, in either tier. Changes nothing."""
+        node, at = self._root, 0
+        limit = prompt.tokens - prompt.tokens % self.page_tokens
+        while at < limit:
+            child = node.children.get(prompt.key_at(at))
+            if child is None:
+                break
+            common = min(prompt.common_tokens(at, child.content), limit - at)
+            at += common
+            if common < child.tokens:
+                break
+            node = child
+        return at
 
     def lock(self, node: Node) -> None:
         """Keep the path to ``node`` from being evicted or dropped until :meth:`unlock`."""
@@ -315,6 +332,7 @@ class KvPool:
         freed = node.tokens
         kept = self._make_host_room(freed)  # before the node itself can be taken for a candidate
         self.evictable_tokens -= freed
+        self.evicted_tokens_total += freed
         node.on_device = False
         parent.device_children -= 1
         if kept:
@@ -382,6 +400,7 @@ class KvPool:
                 parent.device_children -= 1
             else:
                 self.host_used_tokens -= node.tokens
+            self.freed_tokens_total += node.tokens
             self._unlink(node)
             self._offer(parent)
             node = parent

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Final
 
 from conserve_serving.engines.content import Prompt
@@ -97,7 +98,7 @@ class EngineModel:
         self._chunk_tokens = config.chunk_tokens or profile.chunk_tokens
         self._times = StepTimes(profile)
         self._energy = EnergyMeter(profile.power)
-        self._counters = Counters()
+        self.counters = Counters()
         self._desk = Desk(profile, config, self.pool)
         self._decode = DecodeBatch(config.page_tokens)
         self._egress_link = SerialLink()
@@ -164,17 +165,54 @@ class EngineModel:
         self._advance(now_s)
         self.settle(now_s=now_s)
         self._cut(now_s)
-        self._counters.aborted_requests += 1
+        self.counters.aborted_requests += 1
+        self._abandon_chunks(work)
         if work.state is State.DECODING:
             allocated = self._decode.allocated_kv_tokens(work)
             self._decode.remove(work)
+            if self._step is not None:
+                self.counters.abandoned_output_tokens += 1  # of the step in progress
             self._desk.leave(work, allocated, work.fill_tokens)
         elif work.state is State.READY:
             self._desk.leave(work, work.fill_tokens, work.computed_tokens)
         else:  # queued: it holds nothing; loading: what is on the link is not there yet
             self._desk.leave(work, work.fill_tokens, work.node_tokens)
+        self.counters.abandoned_output_tokens += work.emitted
         self._let_leave()
         return True
+
+    def _abandon_chunks(self, work: Work) -> None:
+        """Count what has been computed of a prompt that will not be completed."""
+        for other, tokens in self._chunks:
+            if other is work and work.prefilled:
+                self.counters.recomputed_tokens += tokens
+            elif other is work:
+                self.counters.abandoned_tokens += tokens
+        if work.state is State.READY and not work.prefilled:
+            self.counters.abandoned_tokens += work.computed_tokens - work.cached_tokens
+
+    def cached_tokens(self, prompt: Prompt) -> int:
+        """Leading tokens of ``prompt`` whose KV is here, on the device or on the host."""
+        return self.pool.cached_tokens(prompt)
+
+    def send(self, rid: str, prompt: Prompt, *, known_tokens: int, now_s: float) -> int:
+        """Write what is here of a prompt's KV to the hand-off store, without computing anything.
+
+        ``PagesStored`` tells when that is done, as it does of a prefill's pages.
+
+        Args:
+            rid: what that event is to be called.
+            prompt: whose KV; what the engine does not have of it is not sent.
+            known_tokens: leading tokens that need not be sent, because the receiver has them.
+            now_s: model time.
+
+        Returns:
+            Leading tokens of the prompt that the receiver can have then.
+        """
+        self._advance(now_s)
+        found = self.cached_tokens(prompt)
+        self._send(rid, max(found - known_tokens, 0), found, max(now_s, self._now_s))
+        return found
 
     def open_session(self, session_id: str, *, now_s: float) -> bool:
         """Protect what requests of this session leave behind; False when it is open already."""
@@ -266,8 +304,8 @@ class EngineModel:
                     kv_tokens=kv_tokens,
                 )
         elif until_s is not None:
-            wake_s = self.wake_at_s()
-            horizon_s = (until_s if wake_s is None else min(until_s, wake_s)) - start_s
+            loaded_s = desk.loading_until_s()
+            horizon_s = (until_s if loaded_s is None else min(until_s, loaded_s)) - start_s
             # Pages are taken when the steps are over; those of the first have been already.
             free_pages = self.pool.available_tokens // self.config.page_tokens
             limit = burst_limit(decode, free_pages + decode.pages_for_one())
@@ -313,7 +351,7 @@ class EngineModel:
     def _account(self, step: Step) -> None:
         """Count a step that is over; the batch still is as it began."""
         self._now_s = step.end_s
-        self._counters.step(step)
+        self.counters.step(step)
         self._energy.step(
             step.duration_s, prefill_share=self._prefill_share, decode_batch=step.decode_batch
         )
@@ -388,9 +426,17 @@ class EngineModel:
         stored_s = self._egress[0].at_s
         return stored_s if loading_s is None else min(stored_s, loading_s)
 
+    def loaded_at_s(self) -> float | None:
+        """When the next request that waits for cached KV will have it; None: none waits."""
+        return self._desk.loading_until_s()
+
+    def stored_at_s(self) -> float | None:
+        """When the next hand-off under way will be over; ``poll`` tells of it, even in a step."""
+        return self._egress[0].at_s if self._egress else None
+
     def stats(self) -> ModelStats:
         """A reading of the engine as of the last call that brought a time."""
-        pool, counters, desk = self.pool, self._counters, self._desk
+        pool, counters, desk = self.pool, self.counters, self._desk
         return ModelStats(
             now_s=self._now_s,
             capacity_tokens=pool.capacity_tokens,
@@ -416,6 +462,26 @@ class EngineModel:
             counters=counters.reading(),
             energy=self._energy.reading(),
         )
+
+    @property
+    def link_busy_s(self) -> tuple[float, float]:
+        """Seconds that transfers have taken or will take, out of this engine and into it."""
+        return self._egress_link.busy_s, self._desk.ingress_busy_s
+
+    @property
+    def requests(self) -> Mapping[str, Work]:
+        """Every request in the engine, by id. For reading."""
+        return self._desk.works
+
+    @property
+    def running(self) -> int:
+        """Requests that decode."""
+        return self._desk.held[State.DECODING]
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for admission."""
+        return self._desk.held[State.QUEUED]
 
     def energy_seconds(self) -> StateSeconds:
         """Seconds by state behind the energy of :meth:`stats`."""
@@ -461,8 +527,9 @@ class EngineModel:
                 if newest is None:
                     raise InvariantError("one request alone has no room for its next token")
                 work, allocated = newest, newest.fill_tokens
+                self._abandon_chunks(work)
             desk.retract(work, allocated)
-            self._counters.retractions += 1
+            self.counters.retractions += 1
             self._events.append(Retracted(rid=work.request.rid, at_s=self._now_s))
         self.pool.allocate(decode.pages_for_one() * page)
 
@@ -470,6 +537,8 @@ class EngineModel:
     def _prefilled(self, work: Work, tokens: int) -> None:
         """A chunk of ``tokens`` has been computed."""
         work.computed_tokens += tokens
+        if work.prefilled:
+            self.counters.recomputed_tokens += tokens
         if work.computed_tokens < work.fill_tokens:
             self._desk.put_back(work)
             return
@@ -478,7 +547,7 @@ class EngineModel:
         self._desk.insert(work, request.prompt, end)
         if not work.prefilled:
             work.prefilled = True
-            self._counters.cached(work)
+            self.counters.cached(work)
             self._events.append(
                 PrefillDone(
                     rid=request.rid,
@@ -487,9 +556,10 @@ class EngineModel:
                     cached_device_tokens=work.cached_device,
                     cached_host_tokens=work.cached_host,
                     cached_storage_tokens=work.cached_storage,
+                    queued_s=0.0 if work.admitted_s is None else work.admitted_s - work.arrival_s,
                 )
             )
-            if self.config.store_writes:
+            if self.config.store_writes and request.stores:
                 self._store(request, end)
             if not request.prefill_only:
                 work.first_token_s = at_s
@@ -497,6 +567,7 @@ class EngineModel:
             self._finish(work, work.fill_tokens)
             return
         work.emitted += 1
+        self.counters.first_tokens += 1
         if self.config.token_events:
             self._events.append(TokensEmitted(rids=(request.rid,), at_s=at_s, count=1))
         if work.emitted == request.output_tokens:
@@ -507,19 +578,26 @@ class EngineModel:
 
     def _store(self, request: ModelRequest, end_tokens: int) -> None:
         """Write the prompt's pages that the store lacks to it, after what is on the link."""
-        new = max(end_tokens - request.stored_tokens, 0)
-        self._counters.stored_tokens += new
-        done_s = self._egress_link.reserve(self._now_s, self.profile.handoff_s(new))
+        new = max(end_tokens - max(request.stored_tokens, request.known_tokens), 0)
+        self._send(request.rid, new, end_tokens, self._now_s)
+        self._drain_egress(self._now_s)
+
+    def _send(self, rid: str, new_tokens: int, end_tokens: int, now_s: float) -> None:
+        self.counters.stored_tokens += new_tokens
+        done_s = self._egress_link.reserve(now_s, self.profile.handoff_s(new_tokens))
         self._egress.append(
             PagesStored(
-                rid=request.rid, at_s=done_s, tokens=end_tokens, duration_s=done_s - self._now_s
+                rid=rid,
+                at_s=done_s,
+                tokens=end_tokens,
+                duration_s=done_s - now_s,
+                sent_tokens=new_tokens,
             )
         )
-        self._drain_egress(self._now_s)
 
     def _finish(self, work: Work, allocated_tokens: int) -> None:
         request = work.request
-        self._counters.finished_requests += 1
+        self.counters.finished_requests += 1
         admitted_s = work.arrival_s if work.admitted_s is None else work.admitted_s
         self._events.append(
             RequestFinished(

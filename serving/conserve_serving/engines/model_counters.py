@@ -7,9 +7,21 @@ from conserve_serving.engines.model_types import Step, StepCounters
 
 
 class Counters:
-    """Mutable sums behind ``ModelStats``; only the model writes them."""
+    """Mutable sums behind ``ModelStats``; only the model writes them.
+
+    Attributes:
+        recomputed_tokens: prompt tokens computed again after a retraction.
+        abandoned_tokens: prompt tokens computed for requests that were aborted, or retracted,
+            before their prompts were complete.
+        first_tokens: output tokens that came with a prefill rather than a decode step.
+        abandoned_output_tokens: output tokens of requests that were aborted.
+    """
 
     def __init__(self) -> None:
+        self.recomputed_tokens = 0
+        self.abandoned_tokens = 0
+        self.first_tokens = 0
+        self.abandoned_output_tokens = 0
         self.finished_requests = 0
         self.aborted_requests = 0
         self.retractions = 0
@@ -63,6 +75,20 @@ class Counters:
         self.cached_device_tokens += work.cached_device
         self.cached_host_tokens += work.cached_host
         self.cached_storage_tokens += work.cached_storage
+
+    def sums(self) -> tuple[int, float, int, float, int, int, float, int, int]:
+        """What the scheduler's ``StepTimes`` reports, in the order of its fields."""
+        return (
+            self._prefill_tokens,
+            self._prefill_s,
+            self._decode_steps,
+            self._decode_s,
+            self._decode_kv_tokens,
+            self._mixed_steps,
+            self._mixed_s,
+            self._mixed_kv_tokens,
+            self._mixed_prefill_tokens,
+        )
 
     def reading(self) -> StepCounters:
         """The step sums as a value."""

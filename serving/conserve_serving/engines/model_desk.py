@@ -49,6 +49,11 @@ class Desk:
         self._blocked = False  # the head found no room, and nothing has changed since
         self._retracting = False  # nobody is admitted until a request ends
 
+    @property
+    def ingress_busy_s(self) -> float:
+        """Seconds of all transfers into the device, those that wait included."""
+        return self._host_link.busy_s
+
     def paged(self, tokens: int) -> int:
         """``tokens`` rounded up to whole pages."""
         return tokens + -tokens % self._page

@@ -58,6 +58,9 @@ class ModelRequest:
         priority: larger first; equal priorities in order of arrival.
         stored_tokens: leading prompt tokens that the hand-off store holds.
         prefill_only: compute the prompt's KV and stop (SGLang's ``max_new_tokens: 0``).
+        stores: whether its prompt is written to the store, by an engine that writes to it.
+        known_tokens: leading prompt tokens that need not be written, because the engine that will
+            read the rest has them.
     """
 
     rid: str
@@ -69,6 +72,8 @@ class ModelRequest:
     priority: int = 0
     stored_tokens: int = 0
     prefill_only: bool = False
+    stores: bool = True
+    known_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +103,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillDone:
-    """The prompt's KV is complete (for the first time). Cached tokens by where they were."""
+    """The prompt's KV is complete (for the first time). Cached tokens by where they were.
+
+    ``queued_s`` is the time it waited for admission.
+    """
 
     rid: str
     at_s: float
@@ -106,6 +114,7 @@ class PrefillDone:
     cached_device_tokens: int
     cached_host_tokens: int
     cached_storage_tokens: int
+    queued_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +143,15 @@ class RequestFinished:
 class PagesStored:
     """Every full page of the prompt is in the hand-off store (``tokens`` leading tokens).
 
-    ``duration_s``: since the prompt was computed; waiting for the link included.
+    ``duration_s``: since the prompt was computed; waiting for the link included. ``sent_tokens``:
+    how many of them crossed the link for it; the others were in the store, or not needed.
     """
 
     rid: str
     at_s: float
     tokens: int
     duration_s: float
+    sent_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
