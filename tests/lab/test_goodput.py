@@ -88,7 +88,7 @@ def test_each_target_reads_its_own_share(target: Target, slo: dict) -> None:
     assert not target.kept(row(cell(), slo=slo))
     others = {Target.TTFET, Target.TTFET_WITHOUT_GAPS, Target.ANY} - {target}
     assert all(other.kept(row(cell(), slo=slo)) for other in others)
-    assert target.kept(row(cell(), slo={name: 0.95 for name in slo}))  # 5 % may miss
+    assert target.kept(row(cell(), slo=dict.fromkeys(slo, 0.95)))  # 5 % may miss
 
 
 @given(st.floats(0.01, 100.0), st.floats(0.5, 2.0))

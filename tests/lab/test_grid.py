@@ -11,7 +11,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import grid_runs
 import pytest
+from grid_cells import cells
 
 from conserve_serving.lab.cell import Cell, cell_from_json
 from conserve_serving.lab.clusters import cluster
@@ -19,8 +21,6 @@ from conserve_serving.lab.contenders import Contender, contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.grid import Grid, Results, failed, read_results, run_cells
 from conserve_serving.lab.workloads import WorkloadError, WorkloadSpec
-from tests.lab import grid_runs
-from tests.lab.grid_cells import cells
 
 HERE = Path(__file__).parent
 
@@ -162,7 +162,7 @@ def test_ended_in_the_midst_keeps_what_is_done_and_leaves_no_process(
     tmp_path: Path, by: signal.Signals
 ) -> None:
     path = tmp_path / "r.jsonl"
-    program = subprocess.Popen(
+    program = subprocess.Popen(  # noqa: S603 - our own program
         [sys.executable, str(HERE / "grid_main.py"), str(path)],
         stdout=subprocess.PIPE,
         text=True,

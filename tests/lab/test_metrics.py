@@ -1,4 +1,4 @@
-"""Figures of runs that were worked out by hand. Every definition has a number that only it gives."""
+"""Figures of runs worked out by hand: every definition has a number that only it gives."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ IDEAL = IdealLatency(
 
 def turn(name: str, index: int, arrived_s: float, **changed) -> TurnResult:
     """Held 1 s, queued 2 s, prefilled 3 s, handed over in 4 s, 5 s at the decoder, decoded 6 s."""
-    at = dict(placed_s=1.0, prefill_began_s=3.0, prefilled_s=6.0, handed_s=10.0)
-    at |= dict(first_token_s=15.0, finished_s=21.0)
+    at = {"placed_s": 1.0, "prefill_began_s": 3.0, "prefilled_s": 6.0, "handed_s": 10.0}
+    at |= {"first_token_s": 15.0, "finished_s": 21.0}
     plain = {k: v for k, v in changed.items() if not k.endswith("_s")}
     at |= {k: v for k, v in changed.items() if k.endswith("_s")}
-    values = dict(
-        prompt_tokens=1000,
-        new_tokens=1000 if index == 1 else 50,
-        output_tokens=4,
-        cached_tokens=0 if index == 1 else 950,
-        outcome=Outcome.FINISHED,
-    )
+    values = {
+        "prompt_tokens": 1000,
+        "new_tokens": 1000 if index == 1 else 50,
+        "output_tokens": 4,
+        "cached_tokens": 0 if index == 1 else 950,
+        "outcome": Outcome.FINISHED,
+    }
     return TurnResult(
         conversation=ConversationId(name),
         index=index,
@@ -42,7 +42,7 @@ def turn(name: str, index: int, arrived_s: float, **changed) -> TurnResult:
 
 def local(name: str, index: int, arrived_s: float, **changed) -> TurnResult:
     """Prefilled where it is decoded: first token when the prompt is computed, after 6 s."""
-    times = dict(handed_s=None, first_token_s=6.0, finished_s=12.0)
+    times = {"handed_s": None, "first_token_s": 6.0, "finished_s": 12.0}
     return turn(name, index, arrived_s, **(times | changed))
 
 
@@ -163,9 +163,10 @@ def test_where_of_the_slowest() -> None:
     made = RunMeter()
     for i in range(40):
         long = i == 7
+        alone_s = 100.0 if long else 1.0
         ideal = IdealLatency(
-            first_turn_ttft_s=1, ttfet_s=100.0 if long else 1.0, last_turn_tbt_s=1, e2e_s=1, gaps_s=0
-        )  # fmt: skip
+            first_turn_ttft_s=1, ttfet_s=alone_s, last_turn_tbt_s=1, e2e_s=1, gaps_s=0
+        )
         made.expect(ConversationId(f"c{i}"), 1, ideal)
         held = 50.0 if long else 8.0 if i == 9 else 1.0
         made.on_turn(
@@ -220,9 +221,7 @@ def test_tokens_and_transfers() -> None:
 
 def stream(count: int, *, life_s, rate_per_s: float = 1.0, alone_s: float = 2.0) -> dict:
     made = RunMeter()
-    ideal = IdealLatency(
-        first_turn_ttft_s=1, ttfet_s=1, last_turn_tbt_s=1, e2e_s=alone_s, gaps_s=0
-    )
+    ideal = IdealLatency(first_turn_ttft_s=1, ttfet_s=1, last_turn_tbt_s=1, e2e_s=alone_s, gaps_s=0)
     for i in range(count):
         made.expect(ConversationId(f"c{i}"), 1, ideal)
         made.on_turn(local(f"c{i}", 1, i / rate_per_s, finished_s=life_s(i)))

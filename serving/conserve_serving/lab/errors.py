@@ -4,6 +4,7 @@
 
     LabError
     ├── ClusterError     a cluster, link or price that does not exist or cannot be
+    ├── RunError         what was asked for is in order, but it did not run to its end
     └── WorkloadError    a trace, a generated workload or its settings cannot be used as asked
 """
 
@@ -20,3 +21,7 @@ class WorkloadError(LabError):
 
 class ClusterError(LabError):
     """A cluster that does not exist or cannot be; the text names the field and the choices."""
+
+
+class RunError(LabError):
+    """What was asked for is in order, but it did not run to its end; what was done is kept."""

@@ -19,7 +19,7 @@ from typing import Any, Final
 from conserve_serving.lab.cell import FORMAT, Cell, run_cell
 from conserve_serving.lab.clusters import ClusterSpec
 from conserve_serving.lab.contenders import Contender
-from conserve_serving.lab.errors import LabError
+from conserve_serving.lab.errors import LabError, RunError
 from conserve_serving.lab.workloads import Pool, WorkloadSpec
 from conserve_serving.simulator.errors import SimulationError
 
@@ -198,8 +198,8 @@ def run_cells(
         run: what runs a cell, importable by name.
 
     Raises:
-        LabError: a policy or a workload cannot be used as asked (before anything runs), or a
-            process was killed from outside.
+        LabError: a policy, a workload or a cluster cannot be used as asked; nothing has run.
+        RunError: a process was killed from outside.
     """
     results = results if results is not None else Results()
     wanted = list({cell.key: cell for cell in cells}.values())
@@ -281,7 +281,7 @@ def _in_processes(
     except BaseException as error:
         leash.close()  # what still runs ends here
         if isinstance(error, BrokenProcessPool):
-            raise LabError(
+            raise RunError(
                 "a process of the run was killed, perhaps for want of memory. What was done is "
                 "kept: go on with --resume and fewer --jobs."
             ) from error

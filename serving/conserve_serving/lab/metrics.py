@@ -58,7 +58,7 @@ Column = NDArray[np.float64]
 class _Open:
     """A conversation under way."""
 
-    __slots__ = ("arrived_s", "finished_s", "first_s", "ideal", "left", "order", "parts", "moves")
+    __slots__ = ("arrived_s", "finished_s", "first_s", "ideal", "left", "moves", "order", "parts")
 
     def __init__(self, order: int, turns: int, ideal: IdealLatency) -> None:
         self.order = order
