@@ -1,0 +1,150 @@
+"""Bars: every policy at one load, with the paper's figures as ticks beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conserve_serving.lab.report import panels
+from conserve_serving.lab.report.context import Context, say, strong, verdict_cell
+from conserve_serving.lab.report.curves import is_saturated
+from conserve_serving.lab.report.document import (
+    Block,
+    Cell,
+    Figure,
+    Note,
+    PaperValue,
+    Section,
+    Table,
+)
+from conserve_serving.lab.report.metrics import (
+    E2E,
+    FIRST_TURN_TTFT,
+    LAST_TURN_TBT,
+    METRICS,
+    TOKENS_PER_J,
+    TTFET,
+)
+from conserve_serving.lab.report.panels import Bar
+from conserve_serving.lab.report.rows import Place, say_rate
+
+_SHOWN = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, E2E, TOKENS_PER_J)
+
+
+def section(
+    context: Context, *, rate_per_s: float | None = None, paper: Sequence[PaperValue] = ()
+) -> Section:
+    """One load of the first place, or of those that were run at it.
+
+    Args:
+        context: the rows.
+        rate_per_s: which load; None: the highest at which one of ours is not saturated.
+        paper: the paper's figures; those of this load are drawn.
+    """
+    blocks: list[Block] = []
+    for place in context.rows.main_places():
+        rate = chosen_rate(context, place) if rate_per_s is None else rate_per_s
+        if rate is None or rate not in context.rows.rates(place):
+            continue
+        blocks.append(_figure(context, place, rate, paper if not blocks else ()))
+        if rate_per_s is None and len(blocks) == 3:
+            break
+    if not blocks:
+        blocks = [Note(f"No row has the load {rate_per_s} conversations/s.", missing=True)]
+    return Section(
+        id="bars",
+        title="At one load",
+        help="Mean over seeds; the line is its 95 % interval. Hollow bars are saturated."
+        + (" The red tick is the paper's figure, read from its plots." if paper else ""),
+        blocks=tuple(blocks),
+    )
+
+
+def chosen_rate(context: Context, place: Place) -> float | None:
+    """The highest load that one of ours carries; the lowest there is where none does."""
+    rates = context.rows.rates(place)
+    ours = context.ours_at(place) or context.rows.contenders(place)
+    carried = [
+        rate
+        for label in ours
+        for rate in context.rows.rates(place, label)
+        if not is_saturated(context, place, label, rate)
+    ]
+    return max(carried, default=rates[0] if rates else None)
+
+
+def _figure(
+    context: Context, place: Place, rate_per_s: float, paper: Sequence[PaperValue]
+) -> Figure:
+    labels = [
+        label
+        for label in context.rows.contenders(place)
+        if context.rows.at(place, label, rate_per_s)
+    ]
+    labels.sort(key=lambda label: label not in context.ours)
+    ticks = {
+        (value.contender, value.metric): value.value
+        for value in paper
+        if value.metric in METRICS and abs(value.rate_per_s - rate_per_s) < 1e-6
+    }
+    drawn, rows = [], []
+    for metric in _SHOWN:
+        bars = []
+        for label in labels:
+            estimate = context.rows.estimate(place, label, rate_per_s, metric)
+            if estimate is None:
+                continue
+            look = context.looks[label]
+            tick = ticks.get(
+                (label, metric.name), ticks.get((context.rows.policy(label), metric.name))
+            )
+            bars.append(
+                Bar(
+                    name=look.short,
+                    value=estimate,
+                    colour=look.colour,
+                    strong=look.ours,
+                    hollow=is_saturated(context, place, label, rate_per_s),
+                    tick=tick,
+                )
+            )
+            own = context.ours_at(place)
+            against = (
+                Cell("")
+                if not own or label in context.ours
+                else verdict_cell(context.rows.compare(place, own[0], label, rate_per_s, metric))
+            )
+            rows.append(
+                (
+                    Cell(metric.title),
+                    strong(label, label in context.ours),
+                    Cell(say(estimate, metric.unit)),
+                    Cell("" if tick is None else f"{tick:g}"),
+                    against,
+                )
+            )
+        if bars:
+            drawn.append(
+                panels.bars(
+                    bars,
+                    title=metric.title,
+                    unit=metric.unit,
+                    log=metric.log,
+                    label=f"{metric.title} of each policy, {place.title}, {rate_per_s:g}/s",
+                )
+            )
+    first = context.ours_at(place)[:1]
+    return Figure(
+        title=f"{place.title} at {say_rate(rate_per_s)} conversations/s",
+        help=str(place.setting),
+        panels=tuple(drawn),
+        data=Table(
+            columns=(
+                "metric",
+                "policy",
+                "ours",
+                "paper",
+                f"{first[0]} against it" if first else "",
+            ),
+            rows=tuple(rows),
+        ),
+    )

@@ -1,0 +1,64 @@
+"""What a row's cluster is: its price, its rated power, its profiles; where the package knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from conserve_serving.engines.errors import ProfileError
+from conserve_serving.engines.profile import HardwareProfile, load_profile
+from conserve_serving.lab.clusters import ClusterSpec
+from conserve_serving.lab.errors import LabError
+from conserve_serving.lab.report.context import Context
+from conserve_serving.lab.report.rows import Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """A cluster as its rows describe it.
+
+    Attributes:
+        title: for people.
+        dollars_per_hour, rated_w: of all boards; None where the package knows no price, no rating
+            or no such profile.
+        profiles: names, prefill tier first.
+    """
+
+    title: str
+    dollars_per_hour: float | None
+    rated_w: float | None
+    profiles: tuple[str, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Both tiers are of one kind."""
+        return len(set(self.profiles)) == 1
+
+
+def hardware(context: Context, place: Place) -> Hardware:
+    """Of the cluster at ``place``."""
+    cell = next(row.raw["cell"] for row in context.rows.all if row.place == place)
+    told = cell["cluster"]
+    profiles = tuple(str(group["profile"]) for group in told["groups"])
+    dollars: float | None = None
+    rated_w: float | None = None
+    try:
+        spec = msgspec.convert(told, ClusterSpec)
+        dollars, rated_w = spec.dollars_per_hour, spec.rated_w
+    except (msgspec.ValidationError, ProfileError, LabError):
+        pass  # a cluster of somebody else's: its rows are good, its price is not known here
+    return Hardware(
+        title=str(told.get("title") or place.cluster),
+        dollars_per_hour=dollars,
+        rated_w=rated_w,
+        profiles=profiles,
+    )
+
+
+def profile_of(name: str) -> HardwareProfile | None:
+    """A profile that the package has; None for others."""
+    try:
+        return load_profile(name)
+    except ProfileError:
+        return None

@@ -1,0 +1,445 @@
+"""The kinds of picture a report has: lines with bands, bars, stacks, tornados."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from conserve_serving.lab.report import svg
+from conserve_serving.lab.report.style import Series, colour
+from conserve_serving.lab.stats import Estimate
+from conserve_serving.replay.report import format_number
+
+_LABEL_GAP_PX: Final = 11.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One point of a line."""
+
+    x: float
+    y: Estimate
+    hollow: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A contender's points, ascending in x."""
+
+    series: Series
+    points: tuple[Point, ...]
+
+
+def lines(
+    drawn: Sequence[Line],
+    *,
+    title: str,
+    x_label: str,
+    log: bool,
+    label: str,
+    share: bool = False,
+    ticks: Sequence[tuple[float, str]] | None = None,
+) -> str:
+    """Lines with bands; names stand where the lines end.
+
+    Args:
+        drawn: at least one, with at least one point each.
+        title, x_label: of the panel.
+        log: whether the values explode.
+        label: what the picture shows, for those who cannot see it.
+        share: values are shares of one.
+        ticks: places and names on the x axis, where it has no numbers of its own.
+    """
+    with svg.axes(400, 262) as (figure, axes):
+        svg.place(figure, left=44, right=92, top=28, bottom=40)
+        for line in drawn:
+            _line(axes, line, over=3 if line.series.ours else 2)
+        axes.set_title(title, x=-0.12)
+        axes.set_xlabel(x_label)
+        if ticks is not None:
+            axes.xaxis.set_major_locator(FixedLocator([x for x, _ in ticks]))
+            names = dict(ticks)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: names.get(x, "")))
+            axes.margins(x=0.08)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        _value_axis(axes, [p.y for line in drawn for p in line.points], log=log, share=share)
+        _name_lines(axes, drawn)
+        return svg.to_svg(figure, label=label)
+
+
+def _line(axes: Axes, line: Line, *, over: int) -> None:
+    look = line.series
+    x = [point.x for point in line.points]
+    y = [point.y.value for point in line.points]
+    axes.plot(x, y, color=look.colour, linestyle=look.dash, linewidth=look.width, zorder=over)
+    banded = [p for p in line.points if not math.isnan(p.y.low)]
+    if len(banded) > 1:
+        axes.fill_between(
+            [p.x for p in banded],
+            [p.y.low for p in banded],
+            [p.y.high for p in banded],
+            color=look.colour,
+            alpha=0.22 if look.ours else 0.13,
+            linewidth=0,
+            zorder=over - 1,
+        )
+    elif banded:
+        only = banded[0]
+        axes.vlines(only.x, only.y.low, only.y.high, color=look.colour, linewidth=1, zorder=over)
+    for hollow in (False, True):
+        some = [p for p in line.points if p.hollow == hollow]
+        if some:
+            axes.plot(
+                [p.x for p in some],
+                [p.y.value for p in some],
+                linestyle="none",
+                marker=look.marker,
+                markersize=5.5 if look.ours else 4.2,
+                markerfacecolor=colour("bg") if hollow else look.colour,
+                markeredgecolor=look.colour,
+                markeredgewidth=1.2 if hollow else 0.0,
+                zorder=over + 0.5,
+            )
+
+
+def _value_axis(axes: Axes, values: Sequence[Estimate], *, log: bool, share: bool) -> None:
+    if share:
+        axes.set_ylim(-0.02, 1.04)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        return
+    low, high = min(v.value for v in values), max(v.value for v in values)
+    if log and low > 0 and high > 3 * low:
+        axes.set_yscale("log")
+        bottom, top = axes.get_ylim()
+        axes.yaxis.set_major_locator(FixedLocator(_log_ticks(bottom, top)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if low > 0.6 * high:  # far from zero: an axis from zero would hide every difference
+            axes.margins(y=0.12)
+        else:
+            axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10 … within the limits; only powers of ten over many decades."""
+    steps = (1,) if high > 2000 * low else (1, 3) if high > 100 * low else (1, 2, 5)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [
+        tick for p in powers for s in steps if low * 0.999 <= (tick := s * 10.0**p) <= high * 1.001
+    ]
+
+
+def _name_lines(axes: Axes, drawn: Sequence[Line]) -> None:
+    """Names right of the axes, where their lines end, moved apart where they would overlap."""
+    ends = []
+    for line in drawn:
+        last = line.points[-1]
+        _, y = axes.transData.transform((last.x, last.y.value))
+        ends.append((float(y), line))
+    ends.sort(key=lambda end: end[0])
+    box = axes.bbox
+    places = spread(
+        [y for y, _ in ends], gap=_LABEL_GAP_PX, low=float(box.y0) + 2, high=float(box.y1)
+    )
+    for y, (_, line) in zip(places, ends, strict=True):
+        last = line.points[-1]
+        axes.annotate(
+            line.series.short,
+            xy=(last.x, last.y.value),
+            xytext=(float(box.x1) + 12, y),
+            textcoords="figure pixels",
+            fontsize=9,
+            fontweight="bold" if line.series.ours else "normal",
+            color=line.series.colour,
+            va="center_baseline",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.series.colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Ascending places at least ``gap`` apart, near the wanted ones and within the limits.
+
+    More of them than there is room for are spread evenly.
+    """
+    if not wanted:
+        return []
+    if (len(wanted) - 1) * gap > high - low:
+        gap = (high - low) / max(1, len(wanted) - 1)
+    placed: list[float] = []
+    for number, y in enumerate(wanted):
+        floor = low + number * gap
+        placed.append(max(y, floor, placed[-1] + gap if placed else floor))
+    ceiling = high
+    for number in range(len(placed) - 1, -1, -1):
+        placed[number] = min(placed[number], ceiling)
+        ceiling = placed[number] - gap
+    return placed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A bar with its interval; ``tick`` is the paper's figure."""
+
+    name: str
+    value: Estimate
+    colour: str
+    strong: bool = False
+    hollow: bool = False
+    tick: float | None = None
+
+
+def bars(drawn: Sequence[Bar], *, title: str, label: str, log: bool, unit: str = "") -> str:
+    """Horizontal bars with intervals, and the paper's figures as ticks."""
+    height = 46 + 20 * len(drawn)
+    with svg.axes(400, height) as (figure, axes):
+        svg.place(figure, left=112, right=46, top=28, bottom=20)
+        values = [bar.value.value for bar in drawn] + [b.tick for b in drawn if b.tick is not None]
+        logarithmic = log and min(values) > 0 and max(values) > 12 * min(values)
+        left = 0.0
+        if logarithmic:
+            axes.set_xscale("log")
+            left = min(values) / 1.6
+            axes.set_xlim(left, max(values) * 1.6)
+        else:
+            axes.set_xlim(0, max([*values, 1e-9]) * 1.14)
+        for number, bar in enumerate(drawn):
+            _bar(axes, number, bar, left=left)
+        axes.set_ylim(len(drawn) - 0.4, -0.6)
+        axes.set_yticks(range(len(drawn)), [bar.name for bar in drawn])
+        for text, bar in zip(axes.get_yticklabels(), drawn, strict=True):
+            text.set_color(bar.colour if bar.strong else colour("soft"))
+            text.set_fontweight("bold" if bar.strong else "normal")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(axis="x", length=0)
+        if logarithmic:
+            axes.xaxis.set_major_locator(FixedLocator(_log_ticks(*axes.get_xlim())))
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+        scale = " (log)" if logarithmic else ""
+        axes.set_title(f"{title}{f', {unit}' if unit else ''}{scale}", x=-0.44)
+        return svg.to_svg(figure, label=label)
+
+
+def _bar(axes: Axes, number: int, bar: Bar, *, left: float) -> None:
+    value = bar.value
+    axes.barh(
+        number,
+        value.value - left,
+        left=left,
+        height=0.62,
+        color=colour("card") if bar.hollow else bar.colour,
+        alpha=1.0 if bar.strong or bar.hollow else 0.72,
+        edgecolor=bar.colour,
+        linewidth=1.2 if bar.hollow else 0.0,
+    )
+    far = value.value
+    if not math.isnan(value.low):
+        axes.plot([value.low, value.high], [number, number], color=colour("fg"), linewidth=1.2)
+        far = max(far, value.high)
+    if bar.tick is not None:
+        axes.plot(
+            [bar.tick, bar.tick], [number - 0.42, number + 0.42], color=colour("bad"), linewidth=2.4
+        )
+        far = max(far, bar.tick)
+    axes.annotate(
+        format_number(value.value),
+        xy=(far, number),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center_baseline",
+        fontsize=9.5,
+        color=colour("fg"),
+        annotation_clip=False,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """A bar made of parts: (value, colour), in order."""
+
+    name: str
+    parts: tuple[tuple[float, str], ...]
+    strong: bool = False
+
+
+def stacks(drawn: Sequence[Stack], *, title: str, label: str, unit: str = "s") -> str:
+    """Horizontal stacked bars with their sums."""
+    with svg.axes(520, 46 + 19 * len(drawn)) as (figure, axes):
+        svg.place(figure, left=122, right=52, top=28, bottom=20)
+        for number, stack in enumerate(drawn):
+            left = 0.0
+            for value, hue in stack.parts:
+                if value > 0:
+                    axes.barh(number, value, left=left, height=0.66, color=hue)
+                left += value
+            axes.annotate(
+                f"{format_number(left)} {unit}",
+                xy=(left, number),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center_baseline",
+                fontsize=9.5,
+                annotation_clip=False,
+            )
+        axes.set_ylim(len(drawn) - 0.4, -0.6)
+        axes.set_xlim(0, max(sum(v for v, _ in s.parts) for s in drawn) * 1.02 or 1.0)
+        axes.set_yticks(range(len(drawn)), [stack.name for stack in drawn])
+        for text, stack in zip(axes.get_yticklabels(), drawn, strict=True):
+            text.set_fontweight("bold" if stack.strong else "normal")
+            text.set_color(colour("accent") if stack.strong else colour("soft"))
+        axes.tick_params(axis="both", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.set_title(title, x=-0.3)
+        return svg.to_svg(figure, label=label)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """An assumption of a tornado: (difference in per cent, value in words) of each value."""
+
+    name: str
+    ends: tuple[tuple[float, str], ...]
+
+
+def tornado(
+    drawn: Sequence[Span], *, base: float, title: str, label: str, lower_is_better: bool
+) -> str:
+    """From one end of each assumption to the other; good is the side where ours is better.
+
+    Args:
+        drawn: the widest first.
+        base: the difference under the main assumptions, in per cent.
+        title, label: as everywhere.
+        lower_is_better: of the metric whose difference is shown.
+    """
+    with svg.axes(560, 62 + 40 * len(drawn)) as (figure, axes):
+        svg.place(figure, left=20, right=20, top=30, bottom=26)
+        values = [value for span in drawn for value, _ in span.ends] + [base, 0.0]
+        low, high = min(values), max(values)
+        room = 0.22 * ((high - low) or 1.0)
+        axes.set_xlim(low - room, high + room)
+        for number, span in enumerate(drawn):
+            ends = sorted(span.ends)
+            (left, left_text), (right, right_text) = ends[0], ends[-1]
+            for start, stop, side in _sides(left, right):
+                better = (side < 0) == lower_is_better
+                axes.barh(
+                    number + 0.12,
+                    stop - start,
+                    left=start,
+                    height=0.34,
+                    color=colour("good" if better else "bad"),
+                    alpha=0.75,
+                )
+            for value, text, anchor in ((left, left_text, "right"), (right, right_text, "left")):
+                axes.annotate(
+                    text,
+                    xy=(value, number + 0.12),
+                    xytext=(-5 if anchor == "right" else 5, 0),
+                    textcoords="offset points",
+                    ha=anchor,
+                    va="center_baseline",
+                    fontsize=9,
+                    color=colour("soft"),
+                    annotation_clip=False,
+                )
+            axes.annotate(
+                span.name,
+                xy=((left + right) / 2, number - 0.17),
+                ha="center",
+                va="center_baseline",
+                fontsize=9.5,
+                annotation_clip=False,
+            )
+        axes.axvline(0, color=colour("fg"), linewidth=1)
+        axes.axvline(base, color=colour("accent"), linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.set_ylim(len(drawn) - 0.45, -0.5)
+        axes.set_yticks([])
+        axes.grid(visible=False, axis="y")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(axis="x", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−")))
+        axes.set_title(title, x=-0.02)
+        return svg.to_svg(figure, label=label)
+
+
+def _sides(left: float, right: float) -> list[tuple[float, float, int]]:
+    """The parts of a span below and above zero: (from, to, sign)."""
+    if left < 0 < right:
+        return [(left, 0.0, -1), (0.0, right, 1)]
+    return [(left, right, -1 if left < 0 else 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Bars of one thing, side by side: (value, colour); None: unknown. ``mark`` is a line."""
+
+    name: str
+    values: tuple[tuple[float | None, str], ...]
+    marks: tuple[tuple[float | None, str], ...] = ()
+
+
+def groups(drawn: Sequence[Group], *, title: str, label: str) -> str:
+    """Grouped horizontal bars; marks are lines across the group."""
+    with svg.axes(520, 48 + 46 * len(drawn)) as (figure, axes):
+        svg.place(figure, left=132, right=44, top=28, bottom=22)
+        highest = 0.0
+        for number, group in enumerate(drawn):
+            height = 0.72 / max(1, len(group.values))
+            for place, (value, hue) in enumerate(group.values):
+                at = number - 0.36 + (place + 0.5) * height
+                axes.barh(at, value or 0.0, height=height * 0.88, color=hue)
+                if value is not None:
+                    highest = max(highest, value)
+                    axes.annotate(
+                        format_number(value),
+                        xy=(value, at),
+                        xytext=(4, 0),
+                        textcoords="offset points",
+                        va="center_baseline",
+                        fontsize=8.5,
+                        annotation_clip=False,
+                    )
+            for value, hue in group.marks:
+                if value is not None:
+                    highest = max(highest, value)
+                    axes.plot(
+                        [value, value], [number - 0.42, number + 0.42], color=hue, linewidth=2.2
+                    )
+        axes.set_xlim(0, (highest or 1.0) * 1.1)
+        axes.set_ylim(len(drawn) - 0.45, -0.55)
+        axes.set_yticks(range(len(drawn)), [group.name for group in drawn])
+        axes.tick_params(axis="both", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.set_title(title, x=-0.36)
+        return svg.to_svg(figure, label=label)

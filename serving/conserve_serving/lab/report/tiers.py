@@ -1,0 +1,432 @@
+"""Unlike tiers: on which cluster, load and workload conversation-level placement wins, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from conserve_serving.lab.report import panels, svg
+from conserve_serving.lab.report.context import Context, say, say_percent, strong, verdict_cell
+from conserve_serving.lab.report.curves import is_saturated
+from conserve_serving.lab.report.document import (
+    Block,
+    Capacity,
+    Cell,
+    Figure,
+    LegendEntry,
+    Note,
+    Section,
+    Table,
+    Tone,
+)
+from conserve_serving.lab.report.hardware import Hardware, hardware
+from conserve_serving.lab.report.metrics import (
+    FIRST_TURN_TTFT,
+    LAST_TURN_TBT,
+    TOKENS_PER_J,
+    TTFET,
+)
+from conserve_serving.lab.report.panels import Group
+from conserve_serving.lab.report.reached import GOODPUTS, Goodput, goodput
+from conserve_serving.lab.report.rows import Place, say_rate
+from conserve_serving.lab.report.style import colour
+from conserve_serving.lab.stats import Verdict
+
+_LATENCIES: Final = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, TOKENS_PER_J)
+#: The load at which latencies are compared, as a share of the best policy's goodput.
+_LOAD: Final = 0.85
+_PARTS: Final = (
+    ("prefill", "prefill_per_s", "accent"),
+    ("tail and decode", "tail_per_s", "sky"),
+    ("link", "link_per_s", "pink"),
+)
+_MARKS: Final = (
+    ("dedicated: the least of the three", "dedicated_per_s", "fg"),
+    ("hosting everywhere", "hosting_per_s", "vermillion"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A place with what it carries.
+
+    Attributes:
+        place, hardware: where.
+        goodputs: by contender, then by the name in ``GOODPUTS``; None where the rows do not say.
+        rate_per_s: the load at which latencies are compared; None: nothing was run there.
+    """
+
+    place: Place
+    hardware: Hardware
+    goodputs: dict[str, dict[str, Goodput | None]]
+    rate_per_s: float | None
+
+    def reached(self, contender: str, name: str) -> Goodput | None:
+        """Goodput of a contender."""
+        return self.goodputs[contender][name]
+
+
+def section(context: Context, capacities: Sequence[Capacity] = ()) -> Section:
+    """All clusters; without a cluster of unlike tiers it still says what each carries."""
+    sites = [_site(context, place) for place in context.rows.main_places()]
+    known = [site for site in sites if any(any(g.values()) for g in site.goodputs.values())]
+    blocks: list[Block] = []
+    if known:
+        blocks += [
+            _verdicts(context, known, capacities),
+            _economy(context, known),
+            _numbers(context, known),
+        ]
+    missing = [site.place.title for site in sites if site not in known]
+    if missing:
+        blocks.append(
+            Note(
+                "No goodput without two loads or more that say who met the SLO: "
+                f"{'; '.join(missing)}.",
+                missing=True,
+            )
+        )
+    blocks += _capacity_figures(sites, capacities)
+    if not capacities:
+        blocks.append(
+            Note("What each part could carry (prefill, tail, link) was not given.", missing=True)
+        )
+    return Section(
+        id="tiers",
+        title="Clusters: where conversation-level placement wins, ties or loses",
+        help=" ".join(f"{name}: {text}." for name, _, text in GOODPUTS)
+        + f" Latencies and tokens per joule at about {100 * _LOAD:g} % of the best policy’s Gany. "
+        "Differences are paired by seed; against is the best other policy in that figure.",
+        blocks=tuple(blocks),
+    )
+
+
+def _site(context: Context, place: Place) -> Site:
+    goodputs = {
+        label: {name: goodput(context, place, label, metric) for name, metric, _ in GOODPUTS}
+        for label in context.rows.contenders(place)
+    }
+    best = max(
+        (g.estimate.value for one in goodputs.values() if (g := one["Gany"]) is not None),
+        default=None,
+    )
+    rates = context.rows.rates(place)
+    rate = None
+    if best is not None and rates:
+        rate = max((r for r in rates if r <= _LOAD * best * 1.001), default=rates[0])
+    return Site(place=place, hardware=hardware(context, place), goodputs=goodputs, rate_per_s=rate)
+
+
+# --- at equal hardware ----------------------------------------------------------------------------
+
+
+def _verdicts(context: Context, sites: Sequence[Site], capacities: Sequence[Capacity]) -> Table:
+    rows = [
+        (
+            Cell(site.hardware.title),
+            Cell(site.place.workload),
+            strong(ours, True),
+            *(_goodput_verdict(context, site, ours, name) for name, _, _ in GOODPUTS),
+            Cell("–" if site.rate_per_s is None else say_rate(site.rate_per_s)),
+            *(
+                Cell("–", Tone.SOFT)
+                if site.rate_per_s is None
+                else verdict_cell(context.against_best(site.place, ours, site.rate_per_s, metric))
+                for metric in _LATENCIES
+            ),
+            Cell(why(context, site, ours, capacities)),
+        )
+        for site in sites
+        for ours in context.ours_at(site.place)
+    ]
+    return Table(
+        caption="At equal hardware: win, tie or loss",
+        columns=(
+            "cluster",
+            "workload",
+            "policy",
+            *(f"{name} (conversations/s)" for name, _, _ in GOODPUTS),
+            "load",
+            *(metric.title for metric in _LATENCIES),
+            "why",
+        ),
+        rows=tuple(rows),
+        texts=frozenset(
+            {"cluster", "workload", "why"}
+            | {f"{name} (conversations/s)" for name, _, _ in GOODPUTS}
+            | {metric.title for metric in _LATENCIES}
+        ),
+    )
+
+
+def _goodput_verdict(context: Context, site: Site, ours: str, name: str) -> Cell:
+    own = site.reached(ours, name)
+    others = [
+        (found.estimate.value, label, found)
+        for label in context.rivals_at(site.place)
+        if (found := site.reached(label, name)) is not None
+    ]
+    if own is None or not others:
+        return Cell("–", Tone.SOFT)
+    _, rival, best = max(others, key=lambda other: other[0])
+    if own.open_end and best.open_end:
+        return Cell("both carried every load that was run", Tone.SOFT)
+    cell = verdict_cell(own.compare(best, rival=rival))
+    if best.estimate.value <= 0:
+        return Cell(f"nobody else keeps the SLO at the lowest load; {_say(own)}", Tone.GOOD)
+    bound = " or more" if own.open_end else " or less" if best.open_end else ""
+    return Cell(cell.text + bound, cell.tone)
+
+
+def _say(found: Goodput | None) -> str:
+    if found is None:
+        return "–"
+    if found.closed_start and found.estimate.value == 0:
+        return "below the lowest load"
+    return ("≥ " if found.open_end else "") + say(found.estimate)
+
+
+def why(context: Context, site: Site, ours: str, capacities: Sequence[Capacity]) -> str:
+    """What binds, from arithmetic where it is given and from how busy the engines were."""
+    parts = []
+    found = _capacity_of(site, capacities)
+    if found is not None:
+        known = [
+            (value, name)
+            for name, field, _ in _PARTS
+            if (value := getattr(found, field)) is not None
+        ]
+        if known:
+            parts.append(f"{min(known)[1]} binds the dedicated tiers at {min(known)[0]:.3g}/s")
+        if found.dedicated_per_s is not None and found.hosting_per_s is not None:
+            gain = found.dedicated_per_s / found.hosting_per_s - 1
+            parts.append(
+                f"hosting everywhere carries {found.hosting_per_s:.3g}/s, so dedicating "
+                + (f"gains {gain:.0%}" if gain > 0 else f"costs {-gain:.0%}")
+            )
+    busy = _busy(context, site, ours)
+    if busy:
+        parts.append(busy)
+    return "; ".join(parts)
+
+
+def _busy(context: Context, site: Site, ours: str) -> str:
+    """How busy each tier and its links were, at the load of the latencies."""
+    if site.rate_per_s is None:
+        return ""
+    shares: dict[str, list[float]] = {}
+    for row in context.rows.at(site.place, ours, site.rate_per_s):
+        for engine in (row.raw.get("engines") or {}).values():
+            for name in ("busy", "egress"):
+                if engine.get(name) is not None:
+                    shares.setdefault(f"{engine['tier']} {name}", []).append(float(engine[name]))
+    said = [
+        f"{tier} tier {sum(busy) / len(busy):.0%} busy"
+        for tier in ("prefill", "decode")
+        if (busy := shares.get(f"{tier} busy"))
+    ]
+    if link := shares.get("prefill egress"):
+        said.append(f"its link {sum(link) / len(link):.0%}")
+    return ", ".join(said)
+
+
+def _capacity_of(site: Site, capacities: Sequence[Capacity]) -> Capacity | None:
+    wanted = (site.place.cluster, site.place.workload)
+    return next((one for one in capacities if (one.cluster, one.workload) == wanted), None)
+
+
+# --- at equal cost and power ----------------------------------------------------------------------
+
+
+def _economy(context: Context, sites: Sequence[Site]) -> Table:
+    """Ours against the best other policy on any cluster of equal engines, per dollar and watt."""
+    rows = []
+    for site in sites:
+        controls = [
+            other
+            for other in sites
+            if other.hardware.equal
+            and other.place.workload == site.place.workload
+            and other.place.setting.mixed_slowdown == site.place.setting.mixed_slowdown
+            and _reference(context, other) == _reference(context, site)
+        ]
+        for ours in context.ours_at(site.place):
+            own = site.reached(ours, "Gany")
+            if own is None:
+                continue
+            rows.append(
+                (
+                    Cell(site.hardware.title),
+                    Cell(site.place.workload),
+                    strong(ours, True),
+                    Cell(_say(own)),
+                    Cell(_number(site.hardware.dollars_per_hour)),
+                    Cell(_per(own, site.hardware.dollars_per_hour, 1.0)),
+                    _against_equal(context, own, site, controls, "dollars_per_hour"),
+                    Cell(_number(site.hardware.rated_w)),
+                    Cell(_per(own, site.hardware.rated_w, 1000.0)),
+                    _against_equal(context, own, site, controls, "rated_w"),
+                )
+            )
+    return Table(
+        caption="At equal cost and at equal rated power: Gany, against the best other policy on "
+        "any cluster of equal engines in these rows",
+        columns=(
+            "cluster",
+            "workload",
+            "policy",
+            "Gany (conversations/s)",
+            "USD an hour",
+            "Gany per USD an hour",
+            "at equal cost",
+            "rated W",
+            "Gany per rated kW",
+            "at equal power",
+        ),
+        rows=tuple(rows),
+        texts=frozenset({"cluster", "workload", "at equal cost", "at equal power"}),
+    )
+
+
+def _reference(context: Context, site: Site) -> str:
+    """Whose idle latency the SLO of a place is a multiple of."""
+    cell = next(row.raw["cell"] for row in context.rows.all if row.place == site.place)
+    reference = cell.get("reference") or cell["cluster"]
+    return str(reference["name"] if isinstance(reference, dict) else reference)
+
+
+def _against_equal(
+    context: Context, own: Goodput, site: Site, controls: Sequence[Site], price: str
+) -> Cell:
+    here = getattr(site.hardware, price)
+    others = []
+    for control in controls:
+        there = getattr(control.hardware, price)
+        for label in context.rivals_at(control.place):
+            found = control.reached(label, "Gany")
+            if found is not None and there and found.estimate.value > 0:
+                others.append((found.estimate.value / there, control, label, found))
+    if not here:
+        return Cell("not known", Tone.SOFT)
+    if not others:
+        return Cell("no equal tiers in these rows", Tone.SOFT)
+    _, control, label, found = max(others, key=lambda other: other[0])
+    comparison = own.compare(found, rival=label, scale=getattr(control.hardware, price) / here)
+    if comparison is None:
+        return Cell("–", Tone.SOFT)
+    word = "one seed" if comparison.verdict is Verdict.UNKNOWN else str(comparison.verdict)
+    return Cell(
+        f"{word} {say_percent(comparison.ratio)} against {label} on {control.hardware.title}",
+        verdict_cell(comparison).tone,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.6g}"
+
+
+def _per(found: Goodput, price: float | None, unit: float) -> str:
+    if not price:
+        return "–"
+    return f"{unit * found.estimate.value / price:.3g}"
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+def _numbers(context: Context, sites: Sequence[Site]) -> Table:
+    rows = []
+    for site in sites:
+        ours = context.ours_at(site.place)
+        for label in sorted(context.rows.contenders(site.place), key=lambda one: one not in ours):
+            any_ = site.reached(label, "Gany")
+            rate = site.rate_per_s
+            at = [
+                None if rate is None else context.rows.estimate(site.place, label, rate, metric)
+                for metric in _LATENCIES
+            ]
+            hollow = rate is not None and is_saturated(context, site.place, label, rate)
+            rows.append(
+                (
+                    Cell(site.hardware.title),
+                    Cell(site.place.workload),
+                    strong(label, label in ours),
+                    *(Cell(_say(site.reached(label, name))) for name, _, _ in GOODPUTS),
+                    Cell("–" if any_ is None else _per(any_, site.hardware.dollars_per_hour, 1)),
+                    Cell("–" if any_ is None else _per(any_, site.hardware.rated_w, 1000)),
+                    Cell(
+                        "–" if rate is None else say_rate(rate) + (", saturated" if hollow else "")
+                    ),
+                    *(Cell(say(estimate)) for estimate in at),
+                )
+            )
+    return Table(
+        caption="The figures",
+        columns=(
+            "cluster",
+            "workload",
+            "policy",
+            *(f"{name} (conversations/s)" for name, _, _ in GOODPUTS),
+            "Gany per USD an hour",
+            "Gany per rated kW",
+            "load",
+            *(f"{m.title} ({m.unit})" if m.unit else m.title for m in _LATENCIES),
+        ),
+        rows=tuple(rows),
+        texts=frozenset({"cluster", "workload"}),
+    )
+
+
+def _capacity_figures(sites: Sequence[Site], capacities: Sequence[Capacity]) -> Iterator[Figure]:
+    """Prefill, tail and link side by side, one panel for each workload."""
+    titles = {site.place.cluster: site.hardware.title for site in sites}
+    by_workload: dict[str, list[Capacity]] = {}
+    for one in capacities:
+        by_workload.setdefault(one.workload, []).append(one)
+    drawn, rows = [], []
+    for workload, found in by_workload.items():
+        drawn.append(
+            panels.groups(
+                [
+                    Group(
+                        name=one.cluster,
+                        values=tuple((getattr(one, f), colour(hue)) for _, f, hue in _PARTS),
+                        marks=tuple((getattr(one, f), colour(hue)) for _, f, hue in _MARKS),
+                    )
+                    for one in found
+                ],
+                title=f"{workload}, conversations/s",
+                label=f"Capacity of each part, {workload}",
+            )
+        )
+        rows += [
+            (
+                Cell(titles.get(one.cluster, one.cluster)),
+                Cell(workload),
+                *(Cell(_three(getattr(one, f))) for _, f, _ in (*_PARTS, *_MARKS)),
+            )
+            for one in found
+        ]
+    if drawn:
+        yield Figure(
+            title="What each part can carry",
+            help="By arithmetic, from the profiles and the workload's lengths; no queue is in it. "
+            "Dedicated tiers carry the least of the three bars (black line); where every engine "
+            "does everything it is the other line.",
+            panels=tuple(drawn),
+            legend=tuple(
+                LegendEntry(label=name, sample=svg.swatch(hue))
+                for name, _, hue in (*_PARTS, *_MARKS)
+            ),
+            data=Table(
+                columns=("cluster", "workload", *(name for name, _, _ in (*_PARTS, *_MARKS))),
+                rows=tuple(rows),
+                texts=frozenset({"cluster", "workload"}),
+            ),
+            wide=True,
+        )
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
