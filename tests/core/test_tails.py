@@ -13,6 +13,7 @@ from conserve_serving.core.events import (
     EngineReported,
     PrefillFinished,
     StepTimes,
+    TimerFired,
     TurnAborted,
     TurnFailed,
 )
@@ -194,6 +195,21 @@ def test_nothing_moves_without_copies_nor_under_a_running_turn() -> None:
     at.handed_over(one(at.arrive("t9", "x", 9_000), Place))
     second = at.arrive("t2", "c", 10_600)
     none(second, Place)  # the copy is under way: it waits for that
+
+
+def test_a_conversation_whose_home_is_full_takes_its_kv_along() -> None:
+    at = World("collocated", copies=True, headroom=0.0)
+    at.engine("d0", capacity=30_000)
+    at.first_turn("t0", "c", 10_000)
+    at.arrive("t1", "x", 19_000)  # runs on: d0 is full
+    at.engine("d1", capacity=30_000)
+    none(at.arrive("t2", "c", 15_000), Place)
+    at.now_s += 0.1  # longer than the copy takes
+    place = one(at.send(TimerFired()), Place)
+    assert (place.decoder, place.source) == ("d1", "d0")
+    assert (place.transfer, place.reason) == (TransferReason.NO_ROOM, Reason.REPLACED_NO_ROOM)
+    assert place.expected_cached_tokens == 10_112
+    assert one(at.handed_over(place), Release).engine == "d0"
 
 
 def test_a_prediction_takes_the_place_of_what_was_observed() -> None:

@@ -73,7 +73,7 @@ class Planner:
                 return False
             cause = TransferReason.NO_ROOM
         # Only a conversation at a turn boundary moves: never under a turn that is running.
-        if conversation.active == 0 and self._place_anew(turn, home, cause):
+        if conversation.active == 0 and self._move(turn, home, cause):
             return True
         if cause is not TransferReason.NO_ROOM:
             # Nowhere better: a draining engine, or one that failed once, is still the home.
@@ -84,6 +84,14 @@ class Planner:
             self.release(conversation, Reason.CONVERSATION_MOVED)
             conversation.moved_because = cause
         return False
+
+    def _move(self, turn: TurnState, home: EngineState, cause: TransferReason) -> bool:
+        """Let the conversation live elsewhere: with its KV, where the driver can copy it."""
+        if self._settings.copies and turn.cached_tokens and cause is not TransferReason.RETRY:
+            room = self.placer.find_decoder(turn, exclude=(home,), new=False)
+            if room is not None and self._place_by_copy(turn, *room, cause):
+                return True
+        return self._place_anew(turn, home, cause)
 
     def _others_wait(self, turn: TurnState, home: EngineState) -> bool:
         """Whether any other conversation would gain from the room this one has."""
@@ -98,8 +106,9 @@ class Planner:
         twice what the better choice would have: without knowing when room will appear.
         """
         if turn.patient_until_s is None:
-            tokens = turn.prompt_tokens
-            move_s = home.prefill_s(tokens) + home.handoff_s(tokens)
+            move_s = home.handoff_s(turn.prompt_tokens)
+            if not self._settings.copies:
+                move_s += home.prefill_s(turn.prompt_tokens)
             turn.patient_until_s = self.now_s + move_s
             self.waiting.recheck(turn, turn.patient_until_s)
         return self.now_s >= turn.patient_until_s
@@ -119,7 +128,7 @@ class Planner:
         if action is TailAction.REMOTE and prefiller is not None:
             return self._place_remotely(turn, home, prefiller)
         if action is TailAction.MOVE and room is not None:
-            return self._place_by_copy(turn, *room)
+            return self._place_by_copy(turn, *room, TransferReason.LOAD)
         return False
 
     def _place_at_home(self, turn: TurnState, home: EngineState) -> bool:
@@ -153,7 +162,9 @@ class Planner:
         self.placer.touch(home)
         return True
 
-    def _place_by_copy(self, turn: TurnState, decoder: EngineState, need: int) -> bool:
+    def _place_by_copy(
+        self, turn: TurnState, decoder: EngineState, need: int, cause: TransferReason
+    ) -> bool:
         """Copy the conversation's KV to another engine, where it lives from this turn on."""
         conversation = turn.conversation
         parked = ledger.find_room(decoder, need, keep=conversation)
@@ -165,10 +176,10 @@ class Planner:
         ledger.start_turn(turn, decoder, need_tokens=need)
         ledger.add_backlog(decoder, turn, new)
         turn.phase = Phase.HANDOFF
-        turn.transfer = TransferReason.LOAD
+        turn.transfer = cause
         conversation.opening = turn
-        self._counters.moves[TransferReason.LOAD] += 1
-        self.say.place(turn, Reason.MOVED_FOR_LOAD, expected_cached=cached)
+        self._counters.moves[cause] += 1
+        self.say.place(turn, _REPLACED[cause], expected_cached=cached)
         self.placer.touch(decoder)
         return True
 
