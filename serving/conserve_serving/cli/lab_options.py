@@ -23,10 +23,10 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 _AT_LEAST_ONE = click.IntRange(min=1)
 
 
-class CommaList(click.ParamType):
+class CommaList(click.ParamType[tuple[Any, ...]]):
     """Several values with commas between them; each is of the inner type."""
 
-    def __init__(self, inner: click.ParamType) -> None:
+    def __init__(self, inner: click.ParamType[Any]) -> None:
         """Args: type of each."""
         self._inner = inner
         self.name = f"{inner.name},…"
@@ -177,6 +177,10 @@ def contender_help() -> str:
     return "\n".join(f"{label:<{wide}}  {ABOUT[label]}" for label in available())
 
 
+class _Unusable(click.ClickException):
+    exit_code = EXIT_USAGE
+
+
 @contextmanager
 def lab_errors() -> Iterator[None]:
     """Errors of the laboratory as what the command line says.
@@ -188,9 +192,7 @@ def lab_errors() -> Iterator[None]:
     except RunError as error:
         raise click.ClickException(str(error)) from error
     except (LabError, OSError) as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = EXIT_USAGE
-        raise failure from error
+        raise _Unusable(str(error)) from error
     except SimulationError as error:
         raise CliError(
             f"the run failed: {type(error).__name__}",

@@ -202,12 +202,12 @@ def _p95(name: str) -> Callable[[Row], float | None]:
 
 
 FIGURES: Final = (
-    Figure(title="TTFET p95 / idle", of=_p95("ttfet_s_normalized")),
-    Figure(title="first-turn TTFT p95 / idle", of=_p95("first_turn_ttft_s_normalized")),
-    Figure(title="last-turn TBT p95 / idle", of=_p95("last_turn_tbt_s_normalized")),
-    Figure(title="E2E p95 / idle", of=_p95("e2e_s_normalized")),
-    Figure(title="within SLO", of=lambda row: row["slo"]["all"], higher_is_better=True),
-    Figure(title="tokens/J", of=lambda row: row["tokens_per_j"], higher_is_better=True),
+    Figure(title="TTFET p95\n/ idle", of=_p95("ttfet_s_normalized")),
+    Figure(title="first-turn TTFT p95\n/ idle", of=_p95("first_turn_ttft_s_normalized")),
+    Figure(title="last-turn TBT p95\n/ idle", of=_p95("last_turn_tbt_s_normalized")),
+    Figure(title="E2E p95\n/ idle", of=_p95("e2e_s_normalized")),
+    Figure(title="share\nwithin SLO", of=lambda row: row["slo"]["all"], higher_is_better=True),
+    Figure(title="tokens\nper joule", of=lambda row: row["tokens_per_j"], higher_is_better=True),
 )
 
 
@@ -245,7 +245,7 @@ def _point_table(
     title += (
         f", {load:g} conversations/s" if by_rate else f", {100 * load:g} % of each one's capacity"
     )
-    table = _table("", *(figure.title for figure in FIGURES), "transfers")
+    table = _table("", *(figure.title for figure in FIGURES), "KV\ntransfers")
     table.title = f"{title} ({seeds} seed{'s' * (seeds != 1)})"
     table.title_justify = "left"
     table.title_style = "bold"
@@ -323,7 +323,8 @@ def _interval(of: Estimate, say: Callable[[float], str]) -> str:
 
 def _change(of: Estimate) -> str:
     def percent(value: float) -> str:
-        return f"{100 * (value - 1):+.1f}"
+        change = 100 * (value - 1)
+        return f"{change:+.1f}" if abs(change) < 9.95 else f"{change:+.0f}"
 
     if of.n < 2:
         return f"{percent(of.value)} %"

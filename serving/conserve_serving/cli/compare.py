@@ -1,0 +1,293 @@
+"""``conserve compare``: contenders over loads and seeds, in several processes, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from conserve_serving.cli.lab_options import (
+    RATES,
+    CommaList,
+    Setup,
+    contender_help,
+    find_contenders,
+    lab_errors,
+    lab_options,
+)
+from conserve_serving.cli.lab_tables import comparison, goodput_table, plain_console
+from conserve_serving.cli.params import FiniteRange
+from conserve_serving.lab.cell import Cell
+from conserve_serving.lab.contenders import Contender
+from conserve_serving.lab.errors import LabError
+from conserve_serving.lab.goodput import Search, Target, at_rate, search
+from conserve_serving.lab.grid import Grid, Results, Row, failed, run_cells
+
+#: Fewer are a transient or a draw of luck, and the command says so.
+_ENOUGH_SEEDS = 12
+_ENOUGH_CONVERSATIONS = 1000
+_AT_LEAST_ONE = click.IntRange(min=1)
+
+
+@click.command(epilog="\b\nContenders:\n" + contender_help())
+@click.option(
+    "--policies",
+    type=CommaList(click.STRING),
+    default="conserve,collocated,per_turn-10-wrong",
+    show_default=True,
+    help="Contenders, see below; all: every one.",
+)
+@click.option("--baseline", help="Whom the others are compared with.  [default: the last one]")
+@click.option("--rates", type=RATES, help="Conversations per second.  [default: 1]")
+@click.option(
+    "--rates-of-capacity",
+    type=RATES,
+    help="Shares of each contender's own capacity, which is searched first.",
+)
+@click.option(
+    "--goodput",
+    type=CommaList(click.Choice([str(target) for target in Target])),
+    help="Search the highest rate that keeps this: stable (capacity), ttfet, "
+    "ttfet_without_gaps, any.",
+)
+@click.option(
+    "--seeds",
+    type=_AT_LEAST_ONE,
+    default=_ENOUGH_SEEDS,
+    show_default=True,
+    help="How many: 0, 1, 2, …",
+)
+@click.option(
+    "--interference",
+    type=CommaList(FiniteRange(min=-1, min_open=True)),
+    default="0",
+    show_default=True,
+    help="How much longer steps that prefill and decode take than the two apart: 0,0.25,0.5.",
+)
+@click.option(
+    "--cluster",
+    "clusters",
+    type=CommaList(click.STRING),
+    default="paper",
+    show_default=True,
+    help="Clusters.",
+)
+@click.option("--link", "links", type=CommaList(click.STRING), help="Links instead of theirs.")
+@lab_options
+@click.option("--jobs", type=_AT_LEAST_ONE, help="Processes.  [default: one for each core]")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Append each run's figures here, a line of JSON each.",
+)
+@click.option("--resume", is_flag=True, help="Runs that --out has already are not run again.")
+def compare(
+    *,
+    policies: tuple[str, ...],
+    baseline: str | None,
+    rates: tuple[float, ...] | None,
+    rates_of_capacity: tuple[float, ...] | None,
+    goodput: tuple[str, ...] | None,
+    seeds: int,
+    interference: tuple[float, ...],
+    clusters: tuple[str, ...],
+    links: tuple[str, ...] | None,
+    jobs: int | None,
+    out: Path | None,
+    resume: bool,
+    progress: bool,
+    **options: Any,
+) -> None:
+    """Compare contenders at the same loads, with the same conversations at the same times.
+
+    Prints a table for each load: means over seeds with 95 % intervals, and each contender's change
+    against the baseline, paired by seed (green: a win, red: a loss, beyond 2 % and certain).
+
+    Ctrl-C ends the run and prints what is done; with --out and --resume the same command goes on
+    from there. The exit code is 1 when a run failed or was interrupted.
+    """
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out: the file to go on with.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise click.UsageError(f"{out}: its folder does not exist. Make it first.")
+    with lab_errors():
+        setup = Setup.read(options)
+        contenders = find_contenders(policies)
+        chosen = _baseline(baseline, contenders)
+        grid = Grid(
+            clusters=[setup.cluster(name) for name in clusters],
+            contenders=contenders,
+            workload=setup.workload,
+            rates_per_s=rates or (() if rates_of_capacity or goodput else (1.0,)),
+            seeds=range(seeds),
+            mixed_slowdowns=[1.0 + share for share in interference],
+            links=links or (None,),
+            reference=setup.reference,
+            warmup_share=setup.warmup_share,
+        )
+        runner = _Runner(Results(out, resume=resume), jobs, show_progress=progress)
+        with runner.bar:
+            tables = _run(grid, runner, rates_of_capacity or (), goodput or (), chosen)
+    console, said = plain_console(), Console(stderr=True)
+    for table in tables:
+        console.print(table)
+    if seeds < _ENOUGH_SEEDS or (setup.workload.conversations or 0) < _ENOUGH_CONVERSATIONS:
+        console.print(
+            f"note: {seeds} seeds of {setup.workload.conversations} conversations: no claim about "
+            f"steady state. That needs {_ENOUGH_SEEDS} and {_ENOUGH_CONVERSATIONS:,}.",
+            style="yellow",
+        )
+    for row in runner.failures.values():
+        cell, failure = row["cell"], row["failure"]
+        said.print(
+            f"failed: {cell['contender']['label']} on {cell['cluster']['name']} at "
+            f"{cell['workload']['rate_per_s']:g}/s, seed {cell['workload']['seed']}: "
+            f"{failure['error']}: {failure['text']}",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+    if runner.interrupted:
+        go_on = (
+            "the same command with --resume goes on from here" if out else "give --out to resume"
+        )
+        said.print(f"interrupted: the tables cover what was done; {go_on}.")
+    if out is not None:
+        said.print(f"written: {out}", soft_wrap=True)
+    if runner.interrupted or runner.failures:
+        raise SystemExit(1)
+
+
+class _Runner:
+    """Runs cells behind one progress bar, and remembers what went wrong."""
+
+    def __init__(self, results: Results, jobs: int | None, *, show_progress: bool) -> None:
+        self._results = results
+        self._jobs = jobs
+        self.failures: dict[str, Row] = {}
+        self.interrupted = False
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("runs ·"),
+            TimeElapsedColumn(),
+            TextColumn("·"),
+            TimeRemainingColumn(),
+            TextColumn("left{task.fields[more]}"),
+            console=Console(stderr=True),
+            disable=not show_progress,
+            transient=True,
+        )
+
+    def begin(self, what: str, cells: int | None) -> TaskID:
+        """A stage of the run."""
+        return self.bar.add_task(what, total=cells, more="")
+
+    def run(self, cells: Sequence[Cell], task: TaskID) -> list[Row]:
+        """The cells' rows, failed ones among them; fewer where it was interrupted."""
+        if self.interrupted:
+            return []
+        there = sum(self._results.get(cell) is not None for cell in cells)
+        self.bar.advance(task, there)
+
+        def on_done(row: Row) -> None:
+            if failed(row):
+                self.failures[row["key"]] = row
+            more = f" · {len(self.failures)} failed" if self.failures else ""
+            self.bar.update(task, advance=1, more=more)
+
+        done = run_cells(cells, results=self._results, jobs=self._jobs, on_done=on_done)
+        self.interrupted = done.interrupted
+        return done.rows
+
+
+def _run(
+    grid: Grid,
+    runner: _Runner,
+    shares: Sequence[float],
+    targets: Sequence[str],
+    baseline: str,
+) -> list[Any]:
+    """Runs everything that was asked for; returns its tables."""
+    tables: list[Any] = []
+    wanted = dict.fromkeys(Target(name) for name in targets)
+    if shares:
+        wanted[Target.STABLE] = None
+    base = replace(grid, rates_per_s=(1.0,)).cells()
+    cells = grid.cells()
+    for target in wanted:
+        searches = _search(base, target, runner)
+        if str(target) in targets:
+            tables += _goodput_tables(base, searches, target, baseline)
+        if target is Target.STABLE:
+            cells += _at_shares(base, searches, shares)
+    if cells:
+        rows = runner.run(cells, runner.begin("comparing", len({cell.key for cell in cells})))
+        tables += comparison([row for row in rows if not failed(row)], baseline=baseline)
+    return tables
+
+
+def _search(base: Sequence[Cell], target: Target, runner: _Runner) -> list[Search]:
+    task = runner.begin(f"searching ({target})", None)
+    return search(base, target, lambda cells: runner.run(cells, task))
+
+
+def _at_shares(
+    base: Sequence[Cell], searches: Sequence[Search], shares: Sequence[float]
+) -> list[Cell]:
+    """Cells at shares of a contender's capacity: its mean over seeds, so that seeds share rates."""
+    capacities: dict[str, list[float]] = {}
+    for cell, found in zip(base, searches, strict=True):
+        if found.rate_per_s:
+            capacities.setdefault(_without_seed(cell), []).append(found.rate_per_s)
+    return [
+        at_rate(cell, share * sum(known) / len(known), share_of_capacity=share)
+        for share in shares
+        for cell in base
+        if (known := capacities.get(_without_seed(cell)))
+    ]
+
+
+def _goodput_tables(
+    base: Sequence[Cell], searches: Sequence[Search], target: Target, baseline: str
+) -> list[Any]:
+    """A table for each cluster, link and interference."""
+    places: dict[str, dict[str, list[float | None]]] = {}
+    for cell, found in zip(base, searches, strict=True):
+        link = f", link {cell.link}" if cell.link else ""
+        place = f"{cell.cluster.name}{link}, interference +{100 * (cell.mixed_slowdown - 1):g} %"
+        by_label = places.setdefault(place, {})
+        by_label.setdefault(cell.contender.label, []).append(found.rate_per_s)
+    tables = []
+    for place, found_by_label in places.items():
+        table = goodput_table(found_by_label, target, baseline=baseline)
+        table.title = f"{place}: {table.title}"
+        tables += [table, ""]
+    return tables
+
+
+def _without_seed(cell: Cell) -> str:
+    return at_rate(replace(cell, workload=replace(cell.workload, seed=0)), 1.0).key
+
+
+def _baseline(name: str | None, contenders: Sequence[Contender]) -> str:
+    labels = [one.label for one in contenders]
+    if name is None:
+        return labels[-1]
+    if name not in labels:
+        raise LabError(f"--baseline {name} is none of the --policies: {', '.join(labels)}.")
+    return name
