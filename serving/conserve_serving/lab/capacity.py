@@ -1,0 +1,379 @@
+"""What a cluster can carry of a workload, by arithmetic: conversations per second, tier by tier.
+
+An engine that is never idle and whose batch is full carries one over the seconds of work that a
+conversation brings it. Where those seconds come from:
+
+* **first prompts**, packed into full steps of the engine's chunk, on the prefix that gives the
+  same (query, key) pairs (``steptime.py``);
+* **later prompts** ("tail"), each in a step of its own, which has a floor;
+* **decode**, one token of each of a batch per step. The batch is as many conversations as the KV
+  holds, each with its context and the answer under way;
+* **interference**: steps that do both take ``mixed_slowdown`` times the sum of the two. As many of
+  an engine's prefill steps do as it has decode steps, and the other way round;
+* **the link**: the hand-off out of each prefiller, and into each decoder, one at a time.
+
+*Dedicated* tiers carry the least of first prompts, tail with decode, and link; *hosting* engines
+each do everything. Both are upper bounds: queues, latency targets and uneven load come on top, and
+parked KV is taken to come back at no cost. ``docs/clusters.md`` compares them with simulated
+saturation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Self
+
+from conserve_serving.core.types import EngineId, Tier
+from conserve_serving.engines.profile import HardwareProfile
+from conserve_serving.engines.steptime import StepTimes
+from conserve_serving.lab.errors import LabError
+from conserve_serving.simulator import SimulatedConversation, SimulatedEngine
+
+#: Above this share of the link's capacity, transfers queue for as long as they take.
+LINK_SHARE: Final = 0.8
+#: Dedicated tiers must carry so much more than equal engines that host, to be worth their idling.
+EQUAL_TIERS_GAIN: Final = 1.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """A workload as its conversations' mean demands; made by :meth:`of`.
+
+    Attributes:
+        first_tokens: uncached tokens of the first prompt.
+        first_pairs: (query, key) pairs of computing it.
+        tail_turns: turns after the first.
+        tail_tokens: uncached tokens of all their prompts.
+        output_tokens: tokens generated, all turns.
+        decode_tokens: of them, those that a decode step makes: each answer's first comes from its
+            prompt.
+        context_read_tokens: KV that a decode step reads for a conversation, mean over steps.
+        context_held_tokens: KV that it holds meanwhile: prompt and the whole answer.
+        first_prompts, tail_prompts: ``(uncached, cached)`` tokens of every prompt in the sample.
+        conversations: in the sample.
+    """
+
+    first_tokens: float
+    first_pairs: float
+    tail_turns: float
+    tail_tokens: float
+    output_tokens: float
+    decode_tokens: float
+    context_read_tokens: float
+    context_held_tokens: float
+    first_prompts: tuple[tuple[int, int], ...]
+    tail_prompts: tuple[tuple[int, int], ...]
+    conversations: int
+
+    @classmethod
+    def of(cls, conversations: Iterable[SimulatedConversation]) -> Self:
+        """The demand of a sample. A shared prefix is taken as cached wherever it is needed.
+
+        Raises:
+            LabError: the sample is empty.
+        """
+        first: list[tuple[int, int]] = []
+        tail: list[tuple[int, int]] = []
+        output = decoded = read = held = 0.0
+        for conversation in conversations:
+            for index, turn in enumerate(conversation.turns):
+                kept = turn.prompt_tokens - turn.new_tokens
+                if index == 0:
+                    shared = conversation.shared_prefix[1] if conversation.shared_prefix else 0
+                    cached = max(kept, min(shared, turn.prompt_tokens - 1))
+                    first.append((turn.prompt_tokens - cached, cached))
+                elif turn.new_tokens:
+                    tail.append((turn.new_tokens, kept))
+                else:
+                    tail.append((1, kept - 1))  # an engine computes at least one token
+                steps = max(turn.output_tokens - 1, 0)
+                output += turn.output_tokens
+                decoded += steps
+                read += steps * (turn.prompt_tokens + turn.output_tokens / 2)
+                held += steps * (turn.prompt_tokens + turn.output_tokens)
+        if not first:
+            raise LabError("the sample has no conversation: give at least one")
+        count = len(first)
+        return cls(
+            first_tokens=sum(new for new, _ in first) / count,
+            first_pairs=sum(new * (cached + new / 2) for new, cached in first) / count,
+            tail_turns=len(tail) / count,
+            tail_tokens=sum(new for new, _ in tail) / count,
+            output_tokens=output / count,
+            decode_tokens=decoded / count,
+            context_read_tokens=read / decoded if decoded else 0.0,
+            context_held_tokens=held / decoded if decoded else 0.0,
+            first_prompts=tuple(first),
+            tail_prompts=tuple(tail),
+            conversations=count,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapacity:
+    """Seconds of one engine's time that a mean conversation costs, by what is done where.
+
+    Attributes:
+        first_s: its first prompt, nothing beside it.
+        tail_s: its later prompts, nothing beside them.
+        decode_s: its answers, at ``batch``.
+        batch: conversations decoding together: what the KV holds, or the latency limit allows.
+        step_s: one decode step of that batch.
+        tail_and_decode_s: the last two together, with interference.
+        hosting_s: all three, with interference.
+        egress_s, ingress_s: its link, for handing the first prompt's KV over, and for taking it.
+    """
+
+    engine: EngineId
+    tier: Tier
+    profile: str
+    first_s: float
+    tail_s: float
+    decode_s: float
+    batch: int
+    step_s: float
+    tail_and_decode_s: float
+    hosting_s: float
+    egress_s: float
+    ingress_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterCapacity:
+    """Conversations per second that a cluster can carry, by what each part of it can.
+
+    Attributes:
+        prefill_per_s: first prompts, on the prefill tier; 0 without one.
+        decode_per_s: later prompts and all decode, on the decode tier.
+        link_per_s: hand-offs, out of the prefill tier and into the decode tier.
+        dedicated_per_s: the least of the three.
+        bottleneck: which it is: ``prefill``, ``decode`` or ``link``.
+        valve_per_s: dedicated tiers whose decoders also prefill what the prefill tier or the link
+            cannot take.
+        hosting_per_s: every engine does everything, each at its own speed.
+        engines: where it comes from.
+    """
+
+    prefill_per_s: float
+    decode_per_s: float
+    link_per_s: float
+    dedicated_per_s: float
+    bottleneck: str
+    valve_per_s: float
+    hosting_per_s: float
+    engines: tuple[EngineCapacity, ...]
+
+    @property
+    def link_busy(self) -> float:
+        """Share of the link's time at what dedicated tiers carry; 1.0 where it is what limits."""
+        return self.dedicated_per_s / self.link_per_s if self.link_per_s else 0.0
+
+    @property
+    def equal_tiers(self) -> bool:
+        """Every engine costs a conversation the same."""
+        return len({(one.hosting_s, one.profile) for one in self.engines}) == 1
+
+    @property
+    def dedicate(self) -> bool:
+        """Whether the prefill tier should only prefill.
+
+        It should if that carries more (by a tenth on equal tiers, where hosting has no slow engine
+        to hurt it) and leaves the link room. By throughput alone: a first-turn latency target may
+        say otherwise.
+        """
+        gain = EQUAL_TIERS_GAIN if self.equal_tiers else 1.0
+        carries_more = self.valve_per_s > gain * self.hosting_per_s
+        return self.prefill_per_s > 0 and carries_more and self.link_busy < LINK_SHARE
+
+
+def capacity(
+    engines: Sequence[SimulatedEngine],
+    demand: Demand,
+    *,
+    step_limit_s: float | None = None,
+) -> ClusterCapacity:
+    """What these engines can carry of that demand.
+
+    Args:
+        engines: from ``ClusterSpec.engines``: link and ``mixed_slowdown`` are in their profiles.
+        demand: the workload.
+        step_limit_s: longest decode step allowed, which limits the batch; None: only KV does.
+
+    Raises:
+        LabError: there is no engine, or one cannot hold a single mean conversation.
+    """
+    if not engines:
+        raise LabError("a cluster needs at least one engine")
+    each = tuple(engine_capacity(engine, demand, step_limit_s=step_limit_s) for engine in engines)
+    prefillers = [one for one in each if one.tier is Tier.PREFILL]
+    decoders = [one for one in each if one.tier is Tier.DECODE]
+    parts = {
+        "prefill": _rate(prefillers, lambda one: one.first_s),
+        "decode": _rate(decoders, lambda one: one.tail_and_decode_s),
+        "link": min(
+            _rate(prefillers, lambda one: one.egress_s), _rate(decoders, lambda one: one.ingress_s)
+        ),
+    }
+    bottleneck = min(parts, key=lambda name: parts[name])
+    dedicated = parts[bottleneck]
+    spare = 1.0 - dedicated / parts["decode"] if parts["decode"] else 0.0
+    return ClusterCapacity(
+        prefill_per_s=parts["prefill"],
+        decode_per_s=parts["decode"],
+        link_per_s=parts["link"],
+        dedicated_per_s=dedicated,
+        bottleneck=bottleneck,
+        valve_per_s=dedicated + spare * _rate(decoders, lambda one: one.hosting_s),
+        hosting_per_s=_rate(each, lambda one: one.hosting_s),
+        engines=each,
+    )
+
+
+def engine_capacity(
+    engine: SimulatedEngine, demand: Demand, *, step_limit_s: float | None = None
+) -> EngineCapacity:
+    """What a mean conversation costs one engine: see :func:`capacity`."""
+    profile, times = engine.profile, StepTimes(engine.profile)
+    chunk = engine.config.chunk_tokens or profile.chunk_tokens
+    first = _Prefill(
+        _packed_s(times, demand.first_tokens, demand.first_pairs, chunk),
+        demand.first_tokens / chunk,
+        demand.first_tokens,
+    )
+    tail = _tail(times, demand, chunk)
+    batch, step_s = _batch(engine, times, demand, step_limit_s)
+    decode = _Decode(demand.decode_tokens / batch, step_s, batch, demand.context_read_tokens)
+    moved = [new for new, _ in demand.first_prompts]
+    return EngineCapacity(
+        engine=engine.id,
+        tier=engine.tier,
+        profile=profile.name,
+        first_s=first.total_s,
+        tail_s=tail.total_s,
+        decode_s=decode.steps * step_s,
+        batch=batch,
+        step_s=step_s,
+        tail_and_decode_s=_together_s(times, [tail], decode),
+        hosting_s=_together_s(times, [first, tail], decode),
+        egress_s=sum(profile.handoff_s(tokens) for tokens in moved) / len(moved),
+        ingress_s=sum(profile.ingress_s(tokens) for tokens in moved) / len(moved),
+    )
+
+
+class _Prefill(NamedTuple):
+    """Prefill of a mean conversation: seconds alone, steps, tokens."""
+
+    total_s: float
+    steps: float
+    tokens: float
+
+
+class _Decode(NamedTuple):
+    """Decode of a mean conversation: its share of steps, and what one of them is."""
+
+    steps: float
+    step_s: float
+    batch: int
+    context_tokens: float
+
+
+def _together_s(times: StepTimes, prefills: list[_Prefill], decode: _Decode) -> float:
+    """Seconds of one engine that does all that: what can share a step does, and is slowed there."""
+    total_s = sum(prefill.total_s for prefill in prefills) + decode.steps * decode.step_s
+    steps = sum(prefill.steps for prefill in prefills)
+    if not steps:
+        return total_s
+    shared = min(1.0, decode.steps / steps)
+    kv_tokens = decode.batch * decode.context_tokens
+    for prefill in prefills:
+        if prefill.steps:
+            chunk_tokens = round(prefill.tokens / prefill.steps)
+            slowdown = times.mixed_slowdown(chunk_tokens, decode.batch, kv_tokens)
+            alone_s = prefill.total_s + prefill.steps * decode.step_s
+            total_s += (slowdown - 1.0) * shared * alone_s
+    return total_s
+
+
+def _tail(times: StepTimes, demand: Demand, chunk: int) -> _Prefill:
+    """Later prompts: each in steps of its own."""
+    total_s, steps = 0.0, 0
+    for new, cached in demand.tail_prompts:
+        for begin in range(0, new, chunk):
+            total_s += times.prefill_s(min(chunk, new - begin), cached + begin)
+            steps += 1
+    count = demand.conversations
+    return _Prefill(total_s / count, steps / count, demand.tail_tokens)
+
+
+def _packed_s(times: StepTimes, tokens: float, pairs: float, chunk: int) -> float:
+    """Prompts packed into full steps: ``tokens / chunk`` of them, on the equivalent prefix."""
+    if tokens <= 0:
+        return 0.0
+    return tokens / chunk * times.prefill_s(chunk, pairs / tokens - chunk / 2)
+
+
+def _batch(
+    engine: SimulatedEngine, times: StepTimes, demand: Demand, step_limit_s: float | None
+) -> tuple[int, float]:
+    """The largest batch that fits the KV and the limit, and its step."""
+    room = engine.config.kv_capacity_tokens or engine.profile.kv_capacity_tokens
+    held = max(demand.context_held_tokens, 1.0)
+    batch = min(int(room // held), engine.config.max_running_requests)
+    if batch < 1:
+        raise LabError(
+            f"engine {engine.id} ({engine.profile.name}) holds {room:,} KV tokens, a mean "
+            f"conversation {held:,.0f}: cap max_context_tokens or take an engine with more memory"
+        )
+
+    def step_s(of: int) -> float:
+        return times.decode_s(of, of * demand.context_read_tokens)
+
+    if step_limit_s is not None and step_s(batch) > step_limit_s:
+        low, high = 1, batch  # step_s rises with the batch
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if step_s(middle) <= step_limit_s else (low, middle)
+        batch = low
+    return batch, step_s(batch)
+
+
+def _rate(engines: Sequence[EngineCapacity], cost_s: Callable[[EngineCapacity], float]) -> float:
+    """Conversations per second of engines that share them by their speed."""
+    costs = [cost_s(one) for one in engines]
+    if any(cost == 0.0 for cost in costs):
+        return float("inf")
+    return sum(1.0 / cost for cost in costs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantage:
+    """How many times as long an engine takes as a reference, phase by phase.
+
+    A tier is worth dedicating where its disadvantage is least: a strong engine should prefill for
+    others that are, relative to it, better at what remains.
+
+    Attributes:
+        prefill: a cold prompt of 8,192 tokens.
+        decode_alone: a decode step of one short request: weights, launches.
+        kv_read: what a decode step grows by per KV token read.
+    """
+
+    prefill: float
+    decode_alone: float
+    kv_read: float
+
+    @property
+    def favours_prefill(self) -> bool:
+        """Whether the reference is ahead by more in prefill than in both parts of decode."""
+        return self.prefill > max(self.decode_alone, self.kv_read)
+
+
+def advantage(profile: HardwareProfile, reference: HardwareProfile) -> Advantage:
+    """Slowdown of ``profile`` against ``reference``: above 1 where the reference is faster."""
+    one, other = profile.speeds(), reference.speeds()
+    return Advantage(
+        prefill=other.prefill_tokens_per_s / one.prefill_tokens_per_s,
+        decode_alone=one.decode_step_s / other.decode_step_s,
+        kv_read=one.decode_step_s_per_kv_token / other.decode_step_s_per_kv_token,
+    )
