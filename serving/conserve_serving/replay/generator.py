@@ -1,96 +1,33 @@
-"""Sample workloads: conversations drawn from quantiles of real traces (``quantiles.json``).
+"""Sample workloads: conversations drawn from statistics of real traces.
 
-Every quantity (turns, first input, appended input, output, gap) is drawn on its own from its
-marginal distribution, by linear interpolation between the stored quantiles. Correlations within a
-conversation are therefore not reproduced; for those, replay a real trace.
+What is reproduced and what is not: ``docs/workloads.md``. Where the statistics come from and how
+they hang together: :mod:`conserve_serving.replay.recipes`.
 """
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import random
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 
 from conserve_serving.replay.conversations import Conversation, Turn
 from conserve_serving.replay.errors import TraceError
+from conserve_serving.replay.recipes import (
+    Quantiles,
+    Recipe,
+    Resets,
+    correlated,
+    normal_cdf,
+    recipes,
+)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantiles:
-    """One marginal distribution: ``values[i]`` is the quantile at probability ``grid[i]``."""
-
-    grid: tuple[float, ...]
-    values: tuple[float, ...]
-
-    def draw(self, rng: random.Random) -> float:
-        """One value, by inverse transform."""
-        u = rng.random()
-        high = min(bisect_right(self.grid, u), len(self.grid) - 1)
-        low = high - 1
-        share = (u - self.grid[low]) / (self.grid[high] - self.grid[low])
-        return self.values[low] + share * (self.values[high] - self.values[low])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """What a named workload is sampled from.
-
-    Attributes:
-        name, about, source: for people; ``source`` names the trace and its licence.
-        turns, first_input, appended, output: counts.
-        output_by_turn: outputs of the first turns, where they differ from the rest.
-        gap_s: delays before tail turns; None: no delay.
-        max_gap_s: longer delays are shortened to this; None: no limit.
-    """
-
-    name: str
-    about: str
-    source: str
-    turns: Quantiles
-    first_input: Quantiles
-    appended: Quantiles
-    output: Quantiles
-    output_by_turn: tuple[Quantiles, ...] = ()
-    gap_s: Quantiles | None = None
-    max_gap_s: float | None = None
-
-
-@cache
-def recipes() -> dict[str, Recipe]:
-    """The workloads there are, by name."""
-    text = importlib.resources.files(__package__).joinpath("quantiles.json").read_text("utf-8")
-    data = json.loads(text)
-    grid = tuple(data["quantiles"])
-
-    def quantiles(values: Sequence[float]) -> Quantiles:
-        return Quantiles(grid=grid, values=tuple(values))
-
-    return {
-        name: Recipe(
-            name=name,
-            about=entry["about"],
-            source=entry["source"],
-            turns=quantiles(entry["turns"]),
-            first_input=quantiles(entry["first_input"]),
-            appended=quantiles(entry["appended"]),
-            output=quantiles(entry["output"]),
-            output_by_turn=tuple(quantiles(v) for v in entry.get("output_by_turn", ())),
-            gap_s=quantiles(entry["gap_s"]) if "gap_s" in entry else None,
-            max_gap_s=entry.get("max_gap_s"),
-        )
-        for name, entry in data["workloads"].items()
-    }
+__all__ = ["Quantiles", "Recipe", "generate", "recipes"]
 
 
 def generate(workload: str, *, conversations: int, seed: int) -> tuple[Conversation, ...]:
     """Sample conversations of a named workload.
 
     Args:
-        workload: a name of :func:`recipes`.
+        workload: a name of :func:`~conserve_serving.replay.recipes.recipes`.
         conversations: how many.
         seed: equal seeds give equal conversations; the first n of a larger sample are the sample
             of n.
@@ -108,21 +45,82 @@ def generate(workload: str, *, conversations: int, seed: int) -> tuple[Conversat
 
 def _conversation(recipe: Recipe, index: int, seed: int) -> Conversation:
     rng = random.Random(f"{seed}/{recipe.name}/{index}")  # noqa: S311 - a workload, not a secret
+    length, first, *factors = correlated(rng, recipe.factors)
     turns: list[Turn] = []
-    for number in range(max(1, round(recipe.turns.draw(rng)))):
-        new = round((recipe.appended if turns else recipe.first_input).draw(rng))
-        per_turn = recipe.output_by_turn
-        output = round((per_turn[number] if number < len(per_turn) else recipe.output).draw(rng))
-        gap_s = recipe.gap_s.draw(rng) if turns and recipe.gap_s is not None else 0.0
-        if recipe.max_gap_s is not None:
-            gap_s = min(gap_s, recipe.max_gap_s)
-        kept = turns[-1].context_tokens if turns else 0
-        turns.append(
-            Turn(
-                input_tokens=kept + max(1, new),
-                new_input_tokens=max(1, new),
-                output_tokens=max(1, output),
-                gap_s=gap_s,
-            )
+    first_input = max(1, round(recipe.first_input.at(normal_cdf(first))))
+    prefix_tokens, prefix_name = _prefix(recipe, first_input, rng)
+    histories = None if recipe.resets is None else _Histories(recipe.resets, prefix_tokens, rng)
+    for number in range(1, max(1, round(recipe.turns.at(normal_cdf(length)))) + 1):
+        new, output, gap_s = _draw(recipe, number, factors, rng)
+        context = turns[-1].context_tokens if turns else 0
+        kept, new = (context, new) if turns else (0, first_input)
+        if turns and histories is not None:
+            kept, new = histories.next(context, new, gap_s)
+        turn = Turn(
+            input_tokens=kept + new, new_input_tokens=new, output_tokens=output, gap_s=gap_s
         )
-    return Conversation(id=f"{recipe.name}-{index}", turns=tuple(turns))
+        limit = recipe.max_context_tokens
+        if turns and limit is not None and turn.context_tokens > limit:
+            break
+        turns.append(turn)
+    return Conversation(
+        id=f"{recipe.name}-{index}",
+        turns=tuple(turns),
+        shared_prefix_tokens=prefix_tokens,
+        shared_prefix_name=prefix_name,
+    )
+
+
+def _prefix(recipe: Recipe, first_input: int, rng: random.Random) -> tuple[int, str]:
+    """One of the prefixes that the first prompt has room for."""
+    fitting = [(which, p) for which, p in enumerate(recipe.prefixes) if p[0] < first_input]
+    if not fitting:
+        return 0, ""
+    ((which, (tokens, _)),) = rng.choices(fitting, [weight for _, (_, weight) in fitting])
+    return tokens, f"{recipe.name}/{which}/{tokens} tokens"
+
+
+def _draw(
+    recipe: Recipe, number: int, factors: Sequence[float], rng: random.Random
+) -> tuple[int, int, float]:
+    """Appended tokens, answer and gap of a turn; the first appends nothing and has no gap."""
+    mine = correlated(rng, recipe.within)
+    appended, output, gap = zip(factors, mine, strict=True)
+    new, gap_s = 1.0, 0.0
+    if number > 1:
+        new = recipe.appended.at(number, recipe.appended.alikeness.score(*appended))
+        if recipe.gap_s is not None:
+            gap_s = recipe.gap_s.at(number, recipe.gap_s.alikeness.score(*gap))
+    if recipe.max_gap_s is not None:
+        gap_s = min(gap_s, recipe.max_gap_s)
+    answer = recipe.output.at(number, recipe.output.alikeness.score(*output))
+    return max(1, round(new)), max(1, round(answer)), gap_s
+
+
+class _Histories:
+    """What a conversation that is reset at times keeps of its history."""
+
+    def __init__(self, resets: Resets, prefix_tokens: int, rng: random.Random) -> None:
+        self._resets = resets
+        self._prefix_tokens = prefix_tokens
+        self._rng = rng
+        self._compact_at = resets.compact_at.draw(rng)
+
+    def next(self, context: int, new: int, gap_s: float) -> tuple[int, int]:
+        """Kept and new tokens of the next prompt.
+
+        Args:
+            context: tokens of the conversation so far.
+            new: tokens that the prompt appends to them.
+            gap_s: delay before it.
+        """
+        rewritten = self._rng.random() < self._resets.rewrite_probability(gap_s)
+        tokens = context + new
+        if tokens > self._compact_at:
+            self._compact_at = self._resets.compact_at.draw(self._rng)
+            left = round(context * self._resets.compacted_share.draw(self._rng))
+            tokens = min(tokens, max(self._prefix_tokens, left) + new)
+        elif not rewritten:
+            return context, new
+        kept = min(self._prefix_tokens, tokens - 1)
+        return kept, tokens - kept
