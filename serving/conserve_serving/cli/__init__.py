@@ -24,9 +24,11 @@ COMMANDS = {
     "replay": ("replay", "replay", "Send a trace's conversations through a running gateway."),
     "simulate": ("simulate", "simulate", "Run a workload on a simulated cluster, in virtual time."),
     "compare": ("compare", "compare", "Compare policies over loads and seeds, with intervals."),
+    "report": ("report", "report", "A page of load curves and comparisons, from their rows."),
     "workload": ("workload", "workload", "Show what a trace or a generated workload looks like."),
     "explain": ("explain", "explain", "Say why each turn of a conversation was placed there."),
     "config": ("config", "config", "Explain every setting, or check a configuration file."),
+    "clusters": ("clusters", "clusters", "List clusters to simulate, and what one can carry."),
     "profiles": ("profiles", "profiles", "List hardware profiles, their source and confidence."),
     "demo": ("demo", "demo", "An agent and a replay on an embedded cluster, in minutes."),
 }
@@ -89,7 +91,8 @@ def run(args: Sequence[str]) -> int:
         if (failure.name or "").partition(".")[0] in {"conserve_serving", "conserve_agents"}:
             raise
         click.echo(f"error: the package {failure.name!r} is not installed", err=True)
-        click.echo("  fix: pip install 'conserve-agents[serving]'", err=True)
+        extra = "lab" if failure.name in {"matplotlib", "numpy"} else "serving"
+        click.echo(f"  fix: pip install 'conserve-agents[{extra}]'", err=True)
         return EXIT_FAILED
     return result if isinstance(result, int) else 0
 
