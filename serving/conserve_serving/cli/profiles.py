@@ -11,6 +11,7 @@ from conserve_serving.engines.profile import (
     PARTS,
     Confidence,
     HardwareProfile,
+    PowerLevel,
     list_profiles,
     load_profile,
 )
@@ -30,7 +31,7 @@ def profiles(name: str | None) -> None:
         raise BadInputError(
             str(failure), remedy="`conserve profiles` lists the hardware profiles there are"
         ) from failure
-    click.echo("\n".join([*summary(profile), "", *parts(profile)]))
+    click.echo("\n".join([*summary(profile), "", *parts(profile), "", *watts(profile)]))
 
 
 def summary(profile: HardwareProfile) -> list[str]:
@@ -57,3 +58,19 @@ def parts(profile: HardwareProfile) -> list[str]:
     """Confidence and source of every part."""
     rows = [(name, profile.parts[name]) for name in PARTS]
     return [f"  {name:14} {part.confidence.value:10} {part.source}" for name, part in rows]
+
+
+def watts(profile: HardwareProfile) -> list[str]:
+    """Power of one board by what it does, at both ends of its band and in its middle."""
+    levels = {level: profile.power_at(level) for level in PowerLevel}
+    rows = {
+        "idle": [power.idle_w for power in levels.values()],
+        "prefill": [power.prefill_w for power in levels.values()],
+        "decode, batch 1": [power.decode_w(1) / power.boards for power in levels.values()],
+        "decode, full": [power.decode_ps_w for power in levels.values()],
+    }
+    head = f"  {'watts per board':17}" + "".join(f"{level.value:>6}" for level in levels)
+    return [
+        head,
+        *(f"  {name:17}" + "".join(f"{value:6.0f}" for value in row) for name, row in rows.items()),
+    ]

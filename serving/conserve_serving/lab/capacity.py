@@ -21,13 +21,16 @@ saturation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final, NamedTuple, Self
 
 from conserve_serving.core.types import EngineId, Tier
 from conserve_serving.engines.profile import HardwareProfile
 from conserve_serving.engines.steptime import StepTimes
+from conserve_serving.lab.clusters import ClusterSpec, LinkSpec
 from conserve_serving.lab.errors import LabError
+from conserve_serving.lab.workloads import Pool, WorkloadSpec
 from conserve_serving.simulator import SimulatedConversation, SimulatedEngine
 
 #: Above this share of the link's capacity, transfers queue for as long as they take.
@@ -228,6 +231,37 @@ def capacity(
         hosting_per_s=_rate(each, lambda one: one.hosting_s),
         engines=each,
     )
+
+
+def cluster_capacity(
+    cluster: ClusterSpec,
+    workload: WorkloadSpec,
+    *,
+    mixed_slowdown: float = 1.0,
+    link: str | LinkSpec | None = None,
+    step_limit_s: float | None = None,
+) -> ClusterCapacity:
+    """What a cluster can carry of a workload, by the conversations that the workload would draw.
+
+    Args:
+        cluster: the hardware.
+        workload: its rate does not matter. Without ``max_context_tokens`` of its own it is cut to
+            what each engine can hold.
+        mixed_slowdown, link: see ``ClusterSpec.engines``.
+        step_limit_s: see :func:`capacity`.
+
+    Raises:
+        LabError: the workload or the link cannot be used as asked, or an engine is too small.
+    """
+    if workload.max_context_tokens is None:
+        workload = replace(workload, max_context_tokens=cluster.longest_context_tokens)
+    engines = cluster.engines(mixed_slowdown=mixed_slowdown, link=link)
+    return capacity(engines, _demand(replace(workload, rate_per_s=1.0)), step_limit_s=step_limit_s)
+
+
+@lru_cache(maxsize=16)
+def _demand(workload: WorkloadSpec) -> Demand:
+    return Demand.of(Pool.load(workload).stream(workload))
 
 
 def engine_capacity(

@@ -208,6 +208,12 @@ class ClusterSpec(_Data, frozen=True):
         return sum(group.count for group in self.groups)
 
     @property
+    def longest_context_tokens(self) -> int:
+        """The longest context that every engine can hold."""
+        profiles = [load_profile(group.profile) for group in self.groups]
+        return min(min(one.max_context_tokens, one.kv_capacity_tokens) for one in profiles)
+
+    @property
     def dollars_per_hour(self) -> float:
         """Rent of all boards."""
         own = dict(self.usd_per_hour)
