@@ -29,7 +29,6 @@ COMMANDS = {
     "explain": ("explain", "explain", "Say why each turn of a conversation was placed there."),
     "config": ("config", "config", "Explain every setting, or check a configuration file."),
     "clusters": ("clusters", "clusters", "List clusters to simulate, and what one can carry."),
-    "clusters": ("clusters", "clusters", "List clusters to simulate, and what one can carry."),
     "profiles": ("profiles", "profiles", "List hardware profiles, their source and confidence."),
     "demo": ("demo", "demo", "An agent and a replay on an embedded cluster, in minutes."),
 }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from conserve_serving.lab.report.build import MAX_HTML_BYTES, SECTIONS, render
 from conserve_serving.lab.report.document import (
-    Capacity,
     Claim,
     Condition,
     Outcome,
@@ -18,7 +17,6 @@ from conserve_serving.lab.report.document import (
 __all__ = [
     "MAX_HTML_BYTES",
     "SECTIONS",
-    "Capacity",
     "Claim",
     "Condition",
     "Outcome",

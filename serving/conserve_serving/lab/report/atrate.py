@@ -94,9 +94,7 @@ def _figure(
             if estimate is None:
                 continue
             look = context.looks[label]
-            tick = ticks.get(
-                (label, metric.name), ticks.get((context.rows.policy(label), metric.name))
-            )
+            tick = ticks.get((label, metric.name))
             bars.append(
                 Bar(
                     name=look.short,
@@ -146,5 +144,6 @@ def _figure(
                 f"{first[0]} against it" if first else "",
             ),
             rows=tuple(rows),
+            texts=frozenset({"policy"}),
         ),
     )

@@ -16,9 +16,9 @@ from conserve_serving.lab.report import (
     tiers,
     where,
 )
+from conserve_serving.lab.report.carried import Capacities, carried
 from conserve_serving.lab.report.context import Context
 from conserve_serving.lab.report.document import (
-    Capacity,
     Claim,
     Condition,
     PaperValue,
@@ -54,7 +54,7 @@ def render(
     claims: Sequence[Claim] = (),
     paper: Sequence[PaperValue] = (),
     rate_per_s: float | None = None,
-    capacities: Sequence[Capacity] = (),
+    capacities: Capacities | None = None,
     conditions_given: Sequence[Condition] = (),
     sections: Sequence[str] = SECTIONS,
 ) -> Report:
@@ -68,7 +68,8 @@ def render(
         claims: the paper's claims beside what came out.
         paper: the paper's figures, drawn beside ours in the bars.
         rate_per_s: the load of the bars and of where the time goes; None: chosen.
-        capacities: what each cluster's parts can carry.
+        capacities: what each cluster's parts can carry; None: counted here, which reads the
+            workloads.
         conditions_given: assumptions and circumstances that the rows do not have.
         sections: which, in the page's order whatever the order here.
 
@@ -85,12 +86,15 @@ def render(
             f"sections: there is no section {unknown[0]!r}. There are: {', '.join(SECTIONS)}."
         )
     context = Context.of(Rows(rows), ours)
+    uncounted: dict[str, str] = {}
+    if capacities is None and "tiers" in sections:
+        capacities, uncounted = carried(context.rows)
     met = losses.meetings(context)
     made: dict[str, Callable[[], Section]] = {
         "claims": lambda: paperside.section(claims),
         "curves": lambda: curves.section(context),
         "bars": lambda: atrate.section(context, rate_per_s=rate_per_s, paper=paper),
-        "tiers": lambda: tiers.section(context, capacities),
+        "tiers": lambda: tiers.section(context, capacities or {}, uncounted),
         "losses": lambda: losses.section(context, met),
         "sensitivity": lambda: sensitivity.section(context),
         "where": lambda: where.section(context, rate_per_s=rate_per_s),

@@ -210,7 +210,9 @@ def _runs(context: Context) -> Table:
             "seconds of wall time",
         ),
         rows=tuple(rows),
-        texts=frozenset({"cluster", "workload", "conversations/s"}),
+        texts=frozenset(
+            {"cluster", "workload", "tiers", "interference", "link", "conversations/s"}
+        ),
     )
 
 

@@ -96,15 +96,24 @@ def say(estimate: Estimate | None, unit: str = "") -> str:
     text = format_number(estimate.value)
     if not math.isnan(estimate.low):
         text += f" [{format_number(estimate.low)}, {format_number(estimate.high)}]"
-    return f"{text} {unit}".rstrip()
+    return f"{text} {unit}".rstrip().replace("-", "−")
 
 
 def say_percent(ratio: Estimate) -> str:
     """A ratio as a difference in percent, with its interval."""
-    text = f"{_percent(ratio.value)} %"
-    if not math.isnan(ratio.low):
-        text += f" [{_percent(ratio.low)}, {_percent(ratio.high)}]"
-    return text
+    return f"{say_change(ratio)} {say_interval(ratio)}".rstrip()
+
+
+def say_change(ratio: Estimate) -> str:
+    """A ratio as a difference in percent."""
+    return f"{_percent(ratio.value)} %"
+
+
+def say_interval(ratio: Estimate) -> str:
+    """The interval of a ratio, in percent; nothing where there is none."""
+    if math.isnan(ratio.low):
+        return ""
+    return f"[{_percent(ratio.low)}, {_percent(ratio.high)}]"
 
 
 def _percent(ratio: float) -> str:
@@ -114,18 +123,19 @@ def _percent(ratio: float) -> str:
 
 
 def verdict_cell(comparison: Comparison | None) -> Cell:
-    """Win, tie or loss in words, with the difference and against whom."""
+    """Win, tie or loss in words, with the difference; below it the interval and against whom."""
     if comparison is None:
         return Cell("–", Tone.SOFT)
     word = str(comparison.verdict)
     if comparison.verdict is Verdict.UNKNOWN:
         word = "one seed"
     return Cell(
-        f"{word} {say_percent(comparison.ratio)} against {comparison.rival}",
+        f"{word} {say_change(comparison.ratio)}",
         _TONES[comparison.verdict],
+        detail=f"{say_interval(comparison.ratio)} against {comparison.rival}".lstrip(),
     )
 
 
 def strong(text: str, ours: bool) -> Cell:
     """A contender's name, ours so that it is found."""
-    return Cell(text, Tone.GOOD if ours else Tone.PLAIN)
+    return Cell(text, Tone.OURS if ours else Tone.PLAIN)

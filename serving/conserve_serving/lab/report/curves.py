@@ -136,7 +136,9 @@ def _table(context: Context, place: Place, labels: Sequence[str]) -> Table:
             )
     titles = (f"{m.title} ({m.unit})" if m.unit == "× idle" else m.title for m in known)
     return Table(
-        columns=("conversations/s", "policy", *titles, "seeds saturated"), rows=tuple(rows)
+        columns=("conversations/s", "policy", *titles, "seeds saturated"),
+        rows=tuple(rows),
+        texts=frozenset({"policy"}),
     )
 
 
@@ -181,5 +183,6 @@ def _share_figure(context: Context, place: Place) -> Iterator[Figure]:
             data=Table(
                 columns=("share of capacity", "policy", f"{TTFET.title} ({TTFET.unit})"),
                 rows=tuple(table),
+                texts=frozenset({"policy"}),
             ),
         )

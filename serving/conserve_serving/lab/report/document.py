@@ -18,19 +18,21 @@ class Tone(StrEnum):
     EVEN = "even"
     BAD = "bad"
     SOFT = "soft"
+    OURS = "ours"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of a table."""
+    """One cell of a table; ``detail`` stands below, smaller."""
 
     text: str
     tone: Tone = Tone.PLAIN
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Columns and rows; ``texts`` names the columns that hold prose and may be broken."""
+    """Columns and rows; ``texts`` names the columns that hold words, not figures."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -159,46 +161,11 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterFacts:
-    """What the rows do not say of a cluster.
-
-    Attributes:
-        title: for people.
-        dollars_per_hour, rated_w: price and rated power of all its GPUs; None: unknown.
-    """
-
-    title: str = ""
-    dollars_per_hour: float | None = None
-    rated_w: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """Conversations per second that a cluster's parts can carry for a workload, by arithmetic.
-
-    Attributes:
-        cluster, workload: as the rows name them.
-        prefill_per_s, tail_per_s, link_per_s: the prefillers' first turns, the decoders' tails and
-            decodes, the hand-offs over the link.
-        dedicated_per_s: the least of these.
-        hosting_per_s: every engine does everything.
-    """
-
-    cluster: str
-    workload: str
-    prefill_per_s: float | None = None
-    tail_per_s: float | None = None
-    link_per_s: float | None = None
-    dedicated_per_s: float | None = None
-    hosting_per_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PaperValue:
     """A figure of the paper, drawn as a tick beside our bar.
 
     Attributes:
-        contender: label or policy it is compared with.
+        contender: label of the contender it is drawn beside.
         metric: name of one of ``metrics.METRICS``.
         rate_per_s: arrivals it belongs to.
         value: the figure.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from conserve_serving.lab.report.context import Context, say, say_percent, verdict_cell
+from conserve_serving.lab.report.context import Context, say, say_change, say_interval
 from conserve_serving.lab.report.curves import is_saturated
 from conserve_serving.lab.report.document import Block, Cell, Note, Section, Table, Tile, Tone
 from conserve_serving.lab.report.metrics import HEADLINE, Metric
@@ -82,7 +82,7 @@ def section(context: Context, met: list[Meeting]) -> Section:
             Note("Nothing can be compared: the rows have ConServe or the others, not both.", True)
         )
     else:
-        blocks.append(_counts(context, met))
+        blocks.append(_summary(context, met))
     if met and all(one.comparison.ratio.n < 2 for one in met):
         blocks.append(
             Note("One seed only: no interval excludes anything. Run several seeds.", True)
@@ -118,72 +118,59 @@ def tiles(met: list[Meeting]) -> tuple[Tile, ...]:
     )
 
 
-def _counts(context: Context, met: list[Meeting]) -> Table:
+def _summary(context: Context, met: list[Meeting]) -> Table:
+    """Of each place: at how many loads each figure is lost, and by how much at worst."""
     rows = []
     for ours in context.ours:
-        for metric in HEADLINE:
-            counts = Counter(
-                one.comparison.verdict for one in met if (one.ours, one.metric) == (ours, metric)
-            )
-            if counts:
-                rows.append(
-                    (
-                        Cell(ours),
-                        Cell(metric.title),
-                        Cell(
-                            str(counts[Verdict.WIN]),
-                            Tone.GOOD if counts[Verdict.WIN] else Tone.SOFT,
-                        ),
-                        Cell(
-                            str(counts[Verdict.TIE]),
-                            Tone.EVEN if counts[Verdict.TIE] else Tone.SOFT,
-                        ),
-                        Cell(
-                            str(counts[Verdict.LOSS]),
-                            Tone.BAD if counts[Verdict.LOSS] else Tone.SOFT,
-                        ),
-                        Cell(str(counts[Verdict.UNKNOWN])),
-                    )
-                )
+        for place in context.rows.places():
+            here = [one for one in met if (one.ours, one.place) == (ours, place)]
+            if here:
+                cells = (_loads([m for m in here if m.metric == metric]) for metric in HEADLINE)
+                detail = str(place.setting)
+                rows.append((Cell(ours), Cell(place.title, detail=detail), *cells))
     return Table(
-        caption="How often, over all clusters, workloads and loads",
-        columns=("policy", "metric", "wins", "ties", "losses", "one seed"),
+        caption="At how many loads it loses, and by how much at worst",
+        columns=("policy", "where", *(metric.title for metric in HEADLINE)),
         rows=tuple(rows),
+        texts=frozenset({"policy", "where"}),
     )
+
+
+def _loads(met: list[Meeting]) -> Cell:
+    if not met:
+        return Cell("–", Tone.SOFT)
+    lost = [one for one in met if one.comparison.verdict is Verdict.LOSS]
+    won = sum(one.comparison.verdict is Verdict.WIN for one in met)
+    if lost:
+        worst = max(lost, key=lambda one: one.worse_by)
+        return Cell(
+            f"{len(lost)} of {len(met)}: {say_change(worst.comparison.ratio)}",
+            Tone.BAD,
+            f"at {say_rate(worst.rate_per_s)}/s, against {worst.comparison.rival}",
+        )
+    if all(one.comparison.verdict is Verdict.UNKNOWN for one in met):
+        return Cell("one seed", Tone.SOFT)
+    return Cell(f"none of {len(met)}", Tone.GOOD if won else Tone.EVEN, f"wins at {won}")
 
 
 def _table(lost: list[Meeting]) -> Table:
     rows = []
     for one in lost:
         c, unit = one.comparison, one.metric.unit
-        cell = verdict_cell(c)
+        tone = Tone.BAD if c.verdict is Verdict.LOSS else Tone.EVEN
         rows.append(
             (
-                Cell(one.place.cluster),
-                Cell(one.place.workload),
-                Cell(str(one.place.setting)),
-                Cell(say_rate(one.rate_per_s) + (", saturated" if one.saturated else "")),
-                Cell(one.ours),
+                Cell(f"{c.verdict} {say_change(c.ratio)}", tone, say_interval(c.ratio)),
                 Cell(one.metric.title),
-                Cell(f"{c.verdict}: {say_percent(c.ratio)}", cell.tone),
-                Cell(say(c.ours, unit)),
-                Cell(c.rival),
-                Cell(say(c.theirs, unit)),
+                Cell(one.ours, detail=say(c.ours, unit)),
+                Cell(c.rival, detail=say(c.theirs, unit)),
+                Cell(one.place.title, detail=str(one.place.setting)),
+                Cell(say_rate(one.rate_per_s), detail="saturated" if one.saturated else ""),
             )
         )
     return Table(
-        caption=f"{len(lost)} figures",
-        columns=(
-            "cluster",
-            "workload",
-            "setting",
-            "conversations/s",
-            "policy",
-            "metric",
-            "difference",
-            "ours",
-            "best other",
-            "theirs",
-        ),
+        caption=f"{len(lost)} figures, the largest loss first",
+        columns=("difference", "metric", "policy", "best other", "where", "conversations/s"),
         rows=tuple(rows),
+        texts=frozenset({"difference", "metric", "policy", "best other", "where"}),
     )

@@ -60,7 +60,7 @@ def _table(table: Table) -> Iterator[str]:
         + "|"
     )
     for row in table.rows:
-        yield _line([cell.text for cell in row])
+        yield _line([f"{c.text} ({c.detail})" if c.detail else c.text for c in row])
     yield ""
 
 

@@ -132,7 +132,10 @@ def _value_axis(axes: Axes, values: Sequence[Estimate], *, log: bool, share: boo
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5, 10 … within the limits; only powers of ten over many decades."""
-    steps = (1,) if high > 2000 * low else (1, 3) if high > 100 * low else (1, 2, 5)
+    steps: tuple[float, ...] = (1,)
+    for most, finer in ((2000, (1, 3)), (100, (1, 2, 5)), (6, (1, 1.5, 2, 3, 4, 5, 6, 8))):
+        if high < most * low:
+            steps = finer
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [
         tick for p in powers for s in steps if low * 0.999 <= (tick := s * 10.0**p) <= high * 1.001
@@ -220,7 +223,8 @@ def bars(drawn: Sequence[Bar], *, title: str, label: str, log: bool, unit: str =
             left = min(values) / 1.6
             axes.set_xlim(left, max(values) * 1.6)
         else:
-            axes.set_xlim(0, max([*values, 1e-9]) * 1.14)
+            far = [bar.value.high for bar in drawn if not math.isnan(bar.value.high)]
+            axes.set_xlim(0, max([*values, *far, 1e-9]) * 1.04)
         for number, bar in enumerate(drawn):
             _bar(axes, number, bar, left=left)
         axes.set_ylim(len(drawn) - 0.4, -0.6)
@@ -410,30 +414,31 @@ def groups(drawn: Sequence[Group], *, title: str, label: str) -> str:
     """Grouped horizontal bars; marks are lines across the group."""
     with svg.axes(520, 48 + 46 * len(drawn)) as (figure, axes):
         svg.place(figure, left=132, right=44, top=28, bottom=22)
-        highest = 0.0
+        everything = [v for one in drawn for v, _ in (*one.values, *one.marks)]
+        highest = max((value for value in everything if value is not None), default=0.0)
         for number, group in enumerate(drawn):
             height = 0.72 / max(1, len(group.values))
             for place, (value, hue) in enumerate(group.values):
                 at = number - 0.36 + (place + 0.5) * height
                 axes.barh(at, value or 0.0, height=height * 0.88, color=hue)
                 if value is not None:
-                    highest = max(highest, value)
+                    inside = value > 0.12 * highest
                     axes.annotate(
                         format_number(value),
-                        xy=(value, at),
+                        xy=(0.0 if inside else value, at),
                         xytext=(4, 0),
                         textcoords="offset points",
                         va="center_baseline",
                         fontsize=8.5,
+                        color=colour("bg" if inside else "fg"),
                         annotation_clip=False,
                     )
             for value, hue in group.marks:
                 if value is not None:
-                    highest = max(highest, value)
                     axes.plot(
                         [value, value], [number - 0.42, number + 0.42], color=hue, linewidth=2.2
                     )
-        axes.set_xlim(0, (highest or 1.0) * 1.1)
+        axes.set_xlim(0, (highest or 1.0) * 1.05)
         axes.set_ylim(len(drawn) - 0.45, -0.55)
         axes.set_yticks(range(len(drawn)), [group.name for group in drawn])
         axes.tick_params(axis="both", length=0)

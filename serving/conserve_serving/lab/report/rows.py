@@ -124,6 +124,7 @@ class Rows:
         self._most_seeds: dict[Place, int] = {}
         for (place, _, _), seeds in self._at.items():
             self._most_seeds[place] = max(len(seeds), self._most_seeds.get(place, 0))
+        self._estimates: dict[tuple[Any, ...], Estimate | None] = {}
         self._policies = {row.contender: row.policy for row in self.all}
 
     def places(self) -> list[Place]:
@@ -196,8 +197,11 @@ class Rows:
         self, place: Place, contender: str, rate_per_s: float, metric: Metric
     ) -> Estimate | None:
         """Mean over seeds with its interval; None where no seed has the metric."""
-        values = list(self.values(place, contender, rate_per_s, metric).values())
-        return mean(values) if values else None
+        key = (place, contender, rate_per_s, metric.name, metric.path)
+        if key not in self._estimates:
+            values = list(self.values(place, contender, rate_per_s, metric).values())
+            self._estimates[key] = mean(values) if values else None
+        return self._estimates[key]
 
     def compare(
         self, place: Place, ours: str, theirs: str, rate_per_s: float, metric: Metric
@@ -214,11 +218,12 @@ class Rows:
         self, place: Place, rivals: Sequence[str], rate_per_s: float, metric: Metric
     ) -> str | None:
         """The contender with the best mean; the first of equals."""
-        scored = [
-            (estimate.value if metric.lower_is_better else -estimate.value, number, label)
-            for number, label in enumerate(rivals)
-            if (estimate := self.estimate(place, label, rate_per_s, metric)) is not None
-        ]
+        scored = []
+        for number, label in enumerate(rivals):
+            values = self.values(place, label, rate_per_s, metric).values()
+            if values:
+                average = sum(values) / len(values)
+                scored.append((average if metric.lower_is_better else -average, number, label))
         return min(scored)[2] if scored else None
 
 

@@ -24,6 +24,7 @@ from conserve_serving.lab.report.rows import Place, Setting, say_interference, s
 from conserve_serving.lab.stats import Estimate
 
 _METRICS: Final = (TTFET, LAST_TURN_TBT, TOKENS_PER_J)
+_POWER_NAME: Final = "power model"
 _POWER: Final = (
     ("low", TOKENS_PER_J_LOW),
     ("mid", TOKENS_PER_J),
@@ -190,7 +191,9 @@ def _table(
             )
     titles = (f"{m.title} ({m.unit})" if m.unit else m.title for m in _METRICS)
     return Table(
-        columns=(axis.name, "policy", *titles, "TTFET against the best other"), rows=tuple(rows)
+        columns=(axis.name, "policy", *titles, "TTFET against the best other"),
+        rows=tuple(rows),
+        texts=frozenset({"policy"}),
     )
 
 
@@ -219,7 +222,7 @@ def _tornados(context: Context, place: Place, rate: float) -> Iterator[Figure]:
                 )
                 for value, text in ends
             ]
-        if spans:
+        if any(span.name != _POWER_NAME for span in spans):
             spans.sort(key=lambda s: min(v for v, _ in s.ends) - max(v for v, _ in s.ends))
             drawn.append(
                 panels.tornado(
@@ -234,8 +237,8 @@ def _tornados(context: Context, place: Place, rate: float) -> Iterator[Figure]:
         yield Figure(
             title=f"What moves the difference: {place.title} at {say_rate(rate)} conversations/s",
             help="From one end of each assumption to the other, everything else as in the main "
-            f"rows ({place.setting}); the line is the difference there. Left and right of zero "
-            "somebody else wins.",
+            f"rows ({place.setting}), where the difference is the dashed line. Green: ConServe is "
+            "better; red: the other is.",
             panels=tuple(drawn),
             data=Table(
                 columns=("metric", "assumption", "value", "against", "difference"),
@@ -265,7 +268,7 @@ def _ends(
             if comparison is not None:
                 ends.append((100 * (comparison.ratio.value - 1), name))
         if len(ends) > 1:
-            yield "power model", ends
+            yield _POWER_NAME, ends
 
 
 def _prediction(context: Context, place: Place) -> Iterator[Figure]:
@@ -321,7 +324,11 @@ def _prediction(context: Context, place: Place) -> Iterator[Figure]:
             help="Placement turn by turn with better and worse predictions. ConServe predicts "
             "nothing.",
             panels=tuple(drawn),
-            data=Table(columns=("metric", "policy", "figure"), rows=tuple(rows)),
+            data=Table(
+                columns=("metric", "policy", "figure"),
+                rows=tuple(rows),
+                texts=frozenset({"policy"}),
+            ),
         )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from conserve_serving.lab.capacity import ClusterCapacity
 from conserve_serving.lab.report import panels, svg
-from conserve_serving.lab.report.context import Context, say, say_percent, strong, verdict_cell
+from conserve_serving.lab.report.carried import Capacities
+from conserve_serving.lab.report.context import Context, say, strong, verdict_cell
 from conserve_serving.lab.report.curves import is_saturated
 from conserve_serving.lab.report.document import (
     Block,
-    Capacity,
     Cell,
     Figure,
     LegendEntry,
@@ -31,19 +33,19 @@ from conserve_serving.lab.report.panels import Group
 from conserve_serving.lab.report.reached import GOODPUTS, Goodput, goodput
 from conserve_serving.lab.report.rows import Place, say_rate
 from conserve_serving.lab.report.style import colour
-from conserve_serving.lab.stats import Verdict
 
+_BOTTLENECKS: Final = {"decode": "tail and decode", "link": "the link"}
 _LATENCIES: Final = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, TOKENS_PER_J)
 #: The load at which latencies are compared, as a share of the best policy's goodput.
 _LOAD: Final = 0.85
 _PARTS: Final = (
-    ("prefill", "prefill_per_s", "accent"),
-    ("tail and decode", "tail_per_s", "sky"),
+    ("prefill of first turns", "prefill_per_s", "accent"),
+    ("tail and decode", "decode_per_s", "sky"),
     ("link", "link_per_s", "pink"),
 )
 _MARKS: Final = (
     ("dedicated: the least of the three", "dedicated_per_s", "fg"),
-    ("hosting everywhere", "hosting_per_s", "vermillion"),
+    ("every engine does everything", "hosting_per_s", "vermillion"),
 )
 
 
@@ -67,8 +69,16 @@ class Site:
         return self.goodputs[contender][name]
 
 
-def section(context: Context, capacities: Sequence[Capacity] = ()) -> Section:
-    """All clusters; without a cluster of unlike tiers it still says what each carries."""
+def section(
+    context: Context, capacities: Capacities, uncounted: Mapping[str, str] | None = None
+) -> Section:
+    """All clusters; without a cluster of unlike tiers it still says what each carries.
+
+    Args:
+        context: the rows.
+        capacities: what the parts of each cluster can carry.
+        uncounted: why some have none.
+    """
     sites = [_site(context, place) for place in context.rows.main_places()]
     known = [site for site in sites if any(any(g.values()) for g in site.goodputs.values())]
     blocks: list[Block] = []
@@ -88,10 +98,9 @@ def section(context: Context, capacities: Sequence[Capacity] = ()) -> Section:
             )
         )
     blocks += _capacity_figures(sites, capacities)
-    if not capacities:
-        blocks.append(
-            Note("What each part could carry (prefill, tail, link) was not given.", missing=True)
-        )
+    if uncounted:
+        reasons = "; ".join(f"{where}: {reason}" for where, reason in uncounted.items())
+        blocks.append(Note(f"What each part can carry could not be counted. {reasons}", True))
     return Section(
         id="tiers",
         title="Clusters: where conversation-level placement wins, ties or loses",
@@ -121,7 +130,7 @@ def _site(context: Context, place: Place) -> Site:
 # --- at equal hardware ----------------------------------------------------------------------------
 
 
-def _verdicts(context: Context, sites: Sequence[Site], capacities: Sequence[Capacity]) -> Table:
+def _verdicts(context: Context, sites: Sequence[Site], capacities: Capacities) -> Table:
     rows = [
         (
             Cell(site.hardware.title),
@@ -153,7 +162,7 @@ def _verdicts(context: Context, sites: Sequence[Site], capacities: Sequence[Capa
         ),
         rows=tuple(rows),
         texts=frozenset(
-            {"cluster", "workload", "why"}
+            {"cluster", "workload", "policy", "why"}
             | {f"{name} (conversations/s)" for name, _, _ in GOODPUTS}
             | {metric.title for metric in _LATENCIES}
         ),
@@ -176,7 +185,7 @@ def _goodput_verdict(context: Context, site: Site, ours: str, name: str) -> Cell
     if best.estimate.value <= 0:
         return Cell(f"nobody else keeps the SLO at the lowest load; {_say(own)}", Tone.GOOD)
     bound = " or more" if own.open_end else " or less" if best.open_end else ""
-    return Cell(cell.text + bound, cell.tone)
+    return Cell(cell.text + bound, cell.tone, cell.detail)
 
 
 def _say(found: Goodput | None) -> str:
@@ -187,24 +196,16 @@ def _say(found: Goodput | None) -> str:
     return ("≥ " if found.open_end else "") + say(found.estimate)
 
 
-def why(context: Context, site: Site, ours: str, capacities: Sequence[Capacity]) -> str:
+def why(context: Context, site: Site, ours: str, capacities: Capacities) -> str:
     """What binds, from arithmetic where it is given and from how busy the engines were."""
     parts = []
-    found = _capacity_of(site, capacities)
+    found = capacities.get((site.place.cluster, site.place.workload))
     if found is not None:
-        known = [
-            (value, name)
-            for name, field, _ in _PARTS
-            if (value := getattr(found, field)) is not None
-        ]
-        if known:
-            parts.append(f"{min(known)[1]} binds the dedicated tiers at {min(known)[0]:.3g}/s")
-        if found.dedicated_per_s is not None and found.hosting_per_s is not None:
-            gain = found.dedicated_per_s / found.hosting_per_s - 1
-            parts.append(
-                f"hosting everywhere carries {found.hosting_per_s:.3g}/s, so dedicating "
-                + (f"gains {gain:.0%}" if gain > 0 else f"costs {-gain:.0%}")
-            )
+        parts.append(
+            f"by arithmetic dedicated tiers carry {found.dedicated_per_s:.3g}/s, held by "
+            f"{_BOTTLENECKS.get(found.bottleneck, found.bottleneck)}; with everything everywhere "
+            f"it is {found.hosting_per_s:.3g}/s"
+        )
     busy = _busy(context, site, ours)
     if busy:
         parts.append(busy)
@@ -229,11 +230,6 @@ def _busy(context: Context, site: Site, ours: str) -> str:
     if link := shares.get("prefill egress"):
         said.append(f"its link {sum(link) / len(link):.0%}")
     return ", ".join(said)
-
-
-def _capacity_of(site: Site, capacities: Sequence[Capacity]) -> Capacity | None:
-    wanted = (site.place.cluster, site.place.workload)
-    return next((one for one in capacities if (one.cluster, one.workload) == wanted), None)
 
 
 # --- at equal cost and power ----------------------------------------------------------------------
@@ -285,7 +281,7 @@ def _economy(context: Context, sites: Sequence[Site]) -> Table:
             "at equal power",
         ),
         rows=tuple(rows),
-        texts=frozenset({"cluster", "workload", "at equal cost", "at equal power"}),
+        texts=frozenset({"cluster", "workload", "policy", "at equal cost", "at equal power"}),
     )
 
 
@@ -315,11 +311,8 @@ def _against_equal(
     comparison = own.compare(found, rival=label, scale=getattr(control.hardware, price) / here)
     if comparison is None:
         return Cell("–", Tone.SOFT)
-    word = "one seed" if comparison.verdict is Verdict.UNKNOWN else str(comparison.verdict)
-    return Cell(
-        f"{word} {say_percent(comparison.ratio)} against {label} on {control.hardware.title}",
-        verdict_cell(comparison).tone,
-    )
+    cell = verdict_cell(comparison)
+    return Cell(cell.text, cell.tone, f"{cell.detail} on {control.hardware.title}")
 
 
 def _number(value: float | None) -> str:
@@ -374,27 +367,28 @@ def _numbers(context: Context, sites: Sequence[Site]) -> Table:
             *(f"{m.title} ({m.unit})" if m.unit else m.title for m in _LATENCIES),
         ),
         rows=tuple(rows),
-        texts=frozenset({"cluster", "workload"}),
+        texts=frozenset({"cluster", "workload", "policy"}),
     )
 
 
-def _capacity_figures(sites: Sequence[Site], capacities: Sequence[Capacity]) -> Iterator[Figure]:
+def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator[Figure]:
     """Prefill, tail and link side by side, one panel for each workload."""
-    titles = {site.place.cluster: site.hardware.title for site in sites}
-    by_workload: dict[str, list[Capacity]] = {}
-    for one in capacities:
-        by_workload.setdefault(one.workload, []).append(one)
+    by_workload: dict[str, list[tuple[Site, ClusterCapacity]]] = {}
+    for site in sites:
+        found = capacities.get((site.place.cluster, site.place.workload))
+        if found is not None:
+            by_workload.setdefault(site.place.workload, []).append((site, found))
     drawn, rows = [], []
-    for workload, found in by_workload.items():
+    for workload, counted in by_workload.items():
         drawn.append(
             panels.groups(
                 [
                     Group(
-                        name=one.cluster,
-                        values=tuple((getattr(one, f), colour(hue)) for _, f, hue in _PARTS),
-                        marks=tuple((getattr(one, f), colour(hue)) for _, f, hue in _MARKS),
+                        name=site.place.cluster,
+                        values=tuple((_part(found, f), colour(hue)) for _, f, hue in _PARTS),
+                        marks=tuple((_part(found, f), colour(hue)) for _, f, hue in _MARKS),
                     )
-                    for one in found
+                    for site, found in counted
                 ],
                 title=f"{workload}, conversations/s",
                 label=f"Capacity of each part, {workload}",
@@ -402,17 +396,17 @@ def _capacity_figures(sites: Sequence[Site], capacities: Sequence[Capacity]) -> 
         )
         rows += [
             (
-                Cell(titles.get(one.cluster, one.cluster)),
+                Cell(site.hardware.title),
                 Cell(workload),
-                *(Cell(_three(getattr(one, f))) for _, f, _ in (*_PARTS, *_MARKS)),
+                *(Cell(_three(_part(found, f))) for _, f, _ in (*_PARTS, *_MARKS)),
             )
-            for one in found
+            for site, found in counted
         ]
     if drawn:
         yield Figure(
             title="What each part can carry",
             help="By arithmetic, from the profiles and the workload's lengths; no queue is in it. "
-            "Dedicated tiers carry the least of the three bars (black line); where every engine "
+            "Dedicated tiers carry the least of the three bars (dark line); where every engine "
             "does everything it is the other line.",
             panels=tuple(drawn),
             legend=tuple(
@@ -426,6 +420,12 @@ def _capacity_figures(sites: Sequence[Site], capacities: Sequence[Capacity]) -> 
             ),
             wide=True,
         )
+
+
+def _part(found: ClusterCapacity, field: str) -> float | None:
+    """A capacity; None where the workload has none of that work."""
+    value = float(getattr(found, field))
+    return value if math.isfinite(value) else None
 
 
 def _three(value: float | None) -> str:

@@ -108,6 +108,7 @@ def _figure(context: Context, place: Place, rate_per_s: float) -> Figure | None:
         data=Table(
             columns=("conversations", "policy", *(f"{name} (s)" for _, name, _ in PARTS)),
             rows=tuple(rows),
+            texts=frozenset({"policy"}),
         ),
-        wide=False,
+        wide=True,
     )
