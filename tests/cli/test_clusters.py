@@ -32,9 +32,11 @@ def test_one_cluster_and_what_it_can_carry(capsys: pytest.CaptureFixture[str]) -
     assert re.search(r"decode +3 × a100-qwen3-8b +376k +2\.8× +1\.7× +3\.7×", said)
     assert "8.26 USD/h (6.86 to 17.17), 1,900 W rated, 2,200 W with hosts" in said
     assert "NVIDIA A100 SXM 80 GB: 1.59 USD/h, 2026-09-25, RunPod" in said
+    carried = dict(
+        re.findall(r"^(dedicated tiers|hosting everywhere) +([\d.]+)", said, re.MULTILINE)
+    )
     dedicated, hosting = (
-        float(re.search(rf"^{name} +([\d.]+)", said, re.MULTILINE)[1])  # type: ignore[index]
-        for name in ("dedicated tiers", "hosting everywhere")
+        float(carried[name]) for name in ("dedicated tiers", "hosting everywhere")
     )
     assert 0.5 < dedicated < hosting < 3
     assert "limited by decode; better, by this sum: hosting everywhere" in said
