@@ -72,6 +72,28 @@ def test_interference_is_what_a_mixed_step_costs_beyond_its_parts() -> None:
     assert speeds.mixed_slowdown == pytest.approx(1.5, rel=0.01)
 
 
+@pytest.mark.parametrize("true_slowdown", [1.0, 1.5])
+def test_what_an_append_costs_beside_decodes_is_not_taken_for_interference(
+    true_slowdown: float,
+) -> None:
+    """A decoder that is never idle: appends take 20 ms each, and now and then there is a prompt."""
+    speeds = LearnedSpeeds(PRIOR)
+    decode_s = 0.01 + 100_000 * 1e-7
+    for _ in range(100):
+        for turns, tokens, seconds in ((10, 670, 10 * 0.020), (1, 20_000, 0.020 + 2.0)):
+            speeds.observe(
+                StepTimes(
+                    mixed_steps=10,
+                    mixed_s=true_slowdown * (10 * decode_s + seconds),
+                    mixed_kv_tokens=10 * 100_000,
+                    mixed_prefill_tokens=tokens,
+                ),
+                prefilled_turns=turns,
+            )
+    assert speeds.mixed_slowdown == pytest.approx(true_slowdown, rel=0.02)
+    assert speeds.prefill_s(67) == pytest.approx(0.020, rel=0.1)
+
+
 @given(
     st.lists(
         st.builds(

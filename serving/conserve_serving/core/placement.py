@@ -66,9 +66,7 @@ class Placer:
 
     def retire(self, engine: EngineState) -> None:
         """Offer the engine nothing new."""
-        self._hosts.drop(engine.id)
-        self._by_room.drop(engine.id)
-        self._stale.pop(engine.id, None)
+        self._stop_hosting(engine)
         self._prefillers.drop(engine.id)
 
     def touch(self, engine: EngineState) -> None:
@@ -100,12 +98,17 @@ class Placer:
             if self.takes(engine):
                 self._rank_host(engine)
             else:
-                self._hosts.drop(engine.id)
-                self._by_room.drop(engine.id)
-                self._stale.pop(engine.id, None)
+                self._stop_hosting(engine)
         self._measure_longest()
 
+    def _stop_hosting(self, engine: EngineState) -> None:
+        engine.hosts = False
+        self._hosts.drop(engine.id)
+        self._by_room.drop(engine.id)
+        self._stale.pop(engine.id, None)
+
     def _rank_host(self, engine: EngineState) -> None:
+        engine.hosts = True
         self._hosts.put(engine.id, engine, self._policy.rank(engine, self._load))
         self._stale[engine.id] = engine
 

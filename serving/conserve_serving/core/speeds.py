@@ -28,9 +28,10 @@ class LearnedSpeeds:
 
     Prefill is a cost for each turn plus a cost for each uncached token: a turn that appends 67
     tokens takes a whole step, which says little about 15,000, so long prompts teach the one and
-    short ones the other. Decode is a line over the KV tokens a step reads (it is bound by memory
-    bandwidth), fitted by least squares with forgetting; its slope stays at the prior until the
-    reports have seen batches that differ enough to tell it.
+    short ones the other. Beside decodes, too: there long prompts teach how much the two slow
+    each other down, short ones what a turn costs. Decode is a line over the KV tokens a step
+    reads (it is bound by memory bandwidth), fitted by least squares with forgetting; its slope
+    stays at the prior until the reports have seen batches that differ enough to tell it.
 
     Args:
         prior: what is believed before any report.
@@ -85,10 +86,18 @@ class LearnedSpeeds:
             self._xy = self._xy * _KEEP + n * x * y
             self._base_s, self._slope_s = self._fit_decode()
         if steps.mixed_steps > 0 and steps.mixed_s > 0:
-            mean_kv = steps.mixed_kv_tokens / steps.mixed_steps
-            parts_s = steps.mixed_steps * self.decode_step_s(mean_kv) + self._prefill_s(
-                turns * steps.mixed_prefill_tokens, steps.mixed_prefill_tokens
-            )
+            self._observe_mixed(turns * steps.mixed_prefill_tokens, steps)
+
+    def _observe_mixed(self, turns: float, steps: StepTimes) -> None:
+        mean_kv = steps.mixed_kv_tokens / steps.mixed_steps
+        decode_s = steps.mixed_steps * self.decode_step_s(mean_kv)
+        tokens = steps.mixed_prefill_tokens
+        if tokens < _LONG_PROMPT_TOKENS * turns:
+            # On a busy decoder appends are never computed alone: what a turn costs shows here.
+            rest_s = max(0.0, steps.mixed_s / self._mixed - decode_s - tokens * self.token_s)
+            self._turn_s += _ALPHA * (rest_s / turns - self._turn_s)
+        else:
+            parts_s = decode_s + self._prefill_s(turns, tokens)
             self._mixed += _ALPHA * (max(1.0, steps.mixed_s / parts_s) - self._mixed)
 
     def _observe_prefill(self, turns: float, steps: StepTimes) -> None:

@@ -183,6 +183,7 @@ class EngineState:
         "foreseen_tokens",
         "handing_over_tokens",
         "host_capacity_tokens",
+        "hosts",
         "id",
         "idle",
         "idle_tokens",
@@ -236,6 +237,7 @@ class EngineState:
         self.turns: dict[TurnId, TurnState] = {}
         self.waiting: OrderedDict[TurnId, TurnState] = OrderedDict()
         self.draining = False
+        self.hosts = False  # it is offered new conversations
         self.lost = False
         self.reported_held_tokens: int | None = None
         self.running_requests = 0

@@ -22,6 +22,10 @@ class EngineView(Protocol):
     @property
     def tier(self) -> Tier: ...
     @property
+    def hosts(self) -> bool:
+        """Whether it is offered new conversations."""
+
+    @property
     def capacity_tokens(self) -> int: ...
     @property
     def held_tokens(self) -> int:

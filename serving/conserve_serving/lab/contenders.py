@@ -161,6 +161,18 @@ _TABLE: Final[tuple[tuple[Contender, str], ...]] = (
         "per turn, half of the decisions turned round",
     ),
     (
+        Contender(label="per_turn-greedy", policy="per_turn_greedy", predictor="perfect"),
+        "per turn by the turn's own finish alone, whatever its neighbours lose",
+    ),
+    (
+        Contender(
+            label="per_turn-greedy-10-wrong",
+            policy="per_turn_greedy_10_wrong",
+            predictor="perfect",
+        ),
+        "the same with 10 % of the decisions turned round",
+    ),
+    (
         Contender(label="ppd", policy="ppd"),
         "appends go to decoder or prefiller by SLO weights (PPD-like)",
     ),

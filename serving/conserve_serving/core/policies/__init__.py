@@ -32,6 +32,8 @@ POLICIES: Final[dict[str, Callable[[SchedulerSettings], Policy]]] = {
     "per_turn_5_wrong": lambda _: PerTurn(wrong_share=0.05),
     "per_turn_10_wrong": lambda _: PerTurn(wrong_share=0.1),
     "per_turn_50_wrong": lambda _: PerTurn(wrong_share=0.5),
+    "per_turn_greedy": lambda _: PerTurn(greedy=True),
+    "per_turn_greedy_10_wrong": lambda _: PerTurn(greedy=True, wrong_share=0.1),
     "ppd": lambda _: Ppd(),
     "deflection": lambda _: Deflection(),
     "round_robin": lambda _: RoundRobin(),

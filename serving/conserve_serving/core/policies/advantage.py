@@ -17,8 +17,8 @@ from typing import NamedTuple
 from conserve_serving.core.types import Tier
 from conserve_serving.core.views import EngineView, LoadView
 
-#: The other mode must carry so much more before it is taken.
-_HYSTERESIS = 1.1
+#: A tier that hosts is dedicated when that carries so much more.
+_MARGIN = 1.1
 #: A link that would be busier than this is no base for a dedicated tier.
 _LINK_SHARE = 0.8
 #: Decode batches beyond this are not counted on.
@@ -76,11 +76,9 @@ def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
     return handed_per_s + left * sum(1.0 / (t.first_s + t.tail_s) for t in decode)
 
 
-def hosting_carries_more(
-    engines: Sequence[EngineView], load: LoadView, *, hosting: bool
-) -> bool:
+def hosting_carries_more(engines: Sequence[EngineView], load: LoadView, *, hosting: bool) -> bool:
     """Whether the prefill tier should host, with hysteresis around what it does now."""
-    hosting_rate, dedicated_rate = hosting_per_s(engines, load), dedicated_per_s(engines, load)
-    if hosting:
-        return hosting_rate * _HYSTERESIS > dedicated_rate
-    return hosting_rate > dedicated_rate * _HYSTERESIS
+    dedicated_rate, hosting_rate = dedicated_per_s(engines, load), hosting_per_s(engines, load)
+    # Conversations cannot be sent away at once, so the other mode must be clearly better; and what
+    # is even is better hosted: an engine that hosts is never idle for want of first prompts.
+    return dedicated_rate <= hosting_rate * (_MARGIN if hosting else 1.0)

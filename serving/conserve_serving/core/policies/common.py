@@ -1,8 +1,9 @@
 """What policies have in common: defaults, and estimates from what can be observed now.
 
-Estimates are seconds from now until a prompt is computed where it will be decoded. Later turns go
-before first turns on every engine, so that a later turn waits for those appended before it and for
-what is left of the prompt that has begun: half a first prompt, where any waits.
+Estimates are seconds from now until a prompt is computed where it will be decoded; there the last
+token of a prompt that was computed elsewhere is computed once more, which takes a step. Later turns
+go before first turns on every engine, so that a later turn waits for those appended before it and
+for what is left of the prompt that has begun: half a first prompt, where any waits.
 """
 
 from __future__ import annotations
@@ -73,15 +74,26 @@ def prefilled_s(engine: EngineView, tokens: float, ahead_tokens: float) -> float
     return seconds * engine.mixed_slowdown if engine.active_turns else seconds
 
 
+def stall_s(engine: EngineView, tokens: float) -> float:
+    """Delay that computing ``tokens`` puts on the turns running there, all of them together."""
+    return engine.active_turns * engine.prefill_s(tokens) * engine.mixed_slowdown
+
+
+def remote_stall_s(prefiller: EngineView, decoder: EngineView, tokens: float) -> float:
+    """The same for ``tokens`` computed on the prefiller and handed over."""
+    return stall_s(prefiller, tokens) + stall_s(decoder, 1)
+
+
 def first_local_s(engine: EngineView, tokens: float) -> float:
     """Until a first prompt is computed where it will be decoded."""
     return prefilled_s(engine, tokens, engine.prefill_backlog_tokens)
 
 
-def first_remote_s(prefiller: EngineView, tokens: float) -> float:
+def first_remote_s(prefiller: EngineView, decoder: EngineView, tokens: float) -> float:
     """Until a first prompt has been computed on the prefiller and handed over."""
     computed_s = prefilled_s(prefiller, tokens, prefiller.prefill_backlog_tokens)
-    return computed_s + prefiller.handoff_s(prefiller.egress_tokens + tokens)
+    handed_s = prefiller.handoff_s(prefiller.egress_tokens + tokens)
+    return computed_s + handed_s + prefilled_s(decoder, 1, 0)
 
 
 def tail_ahead_tokens(engine: EngineView, load: LoadView) -> float:
@@ -104,7 +116,7 @@ def tail_remote_s(turn: TurnView, home: EngineView, prefiller: EngineView, load:
     """Until a later turn's new tokens have been computed on the prefiller and are at home."""
     computed_s = prefilled_s(prefiller, turn.new_tokens, tail_ahead_tokens(prefiller, load))
     back_s = prefiller.handoff_s(prefiller.egress_tokens + turn.new_tokens)
-    return copy_s(turn, home) + computed_s + back_s
+    return copy_s(turn, home) + computed_s + back_s + prefilled_s(home, 1, 0)
 
 
 def moved_s(turn: TurnView, home: EngineView, other: EngineView, load: LoadView) -> float:

@@ -23,6 +23,8 @@ from conserve_serving.core.policies.common import (
     conversation_s,
     first_local_s,
     first_remote_s,
+    remote_stall_s,
+    stall_s,
     tail_local_s,
     tail_remote_s,
 )
@@ -62,10 +64,14 @@ class ConServePlus(ConServe):
         prefiller: EngineView | None,
         load: LoadView,
     ) -> PrefillPlace:
+        if prefiller is not None and prefiller.hosts:
+            return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_COLLOCATED)
         place = super().prefill_place(turn, decoder, prefiller, load)
         if place.remote and prefiller is not None:
             tokens = turn.prompt_tokens
-            if first_local_s(decoder, tokens) < first_remote_s(prefiller, tokens):
+            local_s = first_local_s(decoder, tokens) + stall_s(decoder, tokens)
+            remote_s = first_remote_s(prefiller, decoder, tokens)
+            if local_s < remote_s + remote_stall_s(prefiller, decoder, tokens):
                 return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_DEFLECTED)
         return place
 
@@ -77,11 +83,14 @@ class ConServePlus(ConServe):
         other: EngineView | None,
         load: LoadView,
     ) -> TailAction:
-        local_s = tail_local_s(home, turn.new_tokens, load)
         if other is not None and move_gains_s(turn, home, other, load) > _MARGIN_S:
             return TailAction.MOVE
-        if prefiller is not None and tail_remote_s(turn, home, prefiller, load) < local_s:
-            return TailAction.REMOTE
+        if prefiller is not None and not prefiller.hosts:
+            new = turn.new_tokens
+            local_s = tail_local_s(home, new, load) + stall_s(home, new)
+            remote_s = tail_remote_s(turn, home, prefiller, load)
+            if remote_s + remote_stall_s(prefiller, home, new) < local_s:
+                return TailAction.REMOTE
         return TailAction.STAY
 
     def prefill_tier_hosts(

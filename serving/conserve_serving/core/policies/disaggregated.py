@@ -2,12 +2,13 @@
 
 - ``full_disaggregation``: every turn is prefilled on the prefill tier. Decoders keep their cache,
   and prefillers theirs: only what is missing crosses a link, either way.
-- ``per_turn``: local or remote for every turn, turn 1 included, by estimated finish and SLO (like
-  AMPD, arXiv 2602.14516). Its predictions come with the turn (`predicted_output_tokens`): room is
-  reserved by them, and neighbours' stalls weighed. ``wrong_share`` turns so many of its decisions
-  round, as the ConServe paper models a predictor that errs.
-- ``ppd``: turn 1 remote; later appends local or remote by weighing the turn's own delay against its
-  neighbours' stall (like PPD, arXiv 2603.13358).
+- ``per_turn``: local or remote for every turn, turn 1 included, by estimated finish, the delay its
+  neighbours suffer, and SLO (like AMPD, arXiv 2602.14516). Its predictions come with the turn
+  (`predicted_output_tokens`): room is reserved by them, and stalls are judged by them.
+  ``per_turn_greedy`` looks at the turn's own finish and the SLO alone. ``wrong_share`` turns so
+  many of its decisions round, as the ConServe paper models a predictor that errs.
+- ``ppd``: turn 1 remote; later appends local or remote by weighing the turn's own delay against
+  its neighbours' stall (like PPD, arXiv 2603.13358).
 - ``deflection``: turn 1 remote unless the prefill queue is long; then the decoder takes it, while
   its running turns can bear that (like prefill deflection, arXiv 2607.02043).
 
@@ -22,6 +23,8 @@ from conserve_serving.core.policies.common import (
     Tiered,
     first_local_s,
     first_remote_s,
+    remote_stall_s,
+    stall_s,
     tail_local_s,
     tail_remote_s,
 )
@@ -86,15 +89,16 @@ class PerTurn(Tiered):
 
     Args:
         wrong_share: share of decisions turned round, chosen by a hash of the turn's id.
+        greedy: look at the turn's own finish alone, not at what its neighbours lose.
     """
 
     tail = Tail.ASKED
 
-    def __init__(self, *, wrong_share: float = 0.0) -> None:
+    def __init__(self, *, wrong_share: float = 0.0, greedy: bool = False) -> None:
         self._wrong_share = wrong_share
-        self.name = (
-            f"per_turn_{wrong_share:.0%}".replace("%", "_wrong") if wrong_share else "per_turn"
-        )
+        self._stall_weight = 0.0 if greedy else 1.0
+        wrong = f"_{wrong_share * 100:.0f}_wrong" if wrong_share else ""
+        self.name = "per_turn" + "_greedy" * greedy + wrong
 
     def prefill_place(
         self,
@@ -105,10 +109,9 @@ class PerTurn(Tiered):
     ) -> PrefillPlace:
         if prefiller is None:
             return _NO_PREFILLER
-        earlier = first_remote_s(prefiller, turn.prompt_tokens) < first_local_s(
-            decoder, turn.prompt_tokens
-        )
-        remote = (earlier or breaks_slo(turn, decoder, load)) is not self._is_wrong(turn)
+        local_s = first_local_s(decoder, turn.prompt_tokens)
+        remote_s = first_remote_s(prefiller, decoder, turn.prompt_tokens)
+        remote = self._is_remote(turn, decoder, prefiller, load, local_s=local_s, remote_s=remote_s)
         return _REMOTE if remote else _DEFLECTED
 
     def tail_place(
@@ -122,12 +125,26 @@ class PerTurn(Tiered):
         if prefiller is None:
             return TailAction.STAY
         local_s = tail_local_s(home, turn.new_tokens, load)
-        earlier = tail_remote_s(turn, home, prefiller, load) < local_s
-        remote = (earlier or breaks_slo(turn, home, load)) is not self._is_wrong(turn)
+        remote_s = tail_remote_s(turn, home, prefiller, load)
+        remote = self._is_remote(turn, home, prefiller, load, local_s=local_s, remote_s=remote_s)
         return TailAction.REMOTE if remote else TailAction.STAY
 
-    def _is_wrong(self, turn: TurnView) -> bool:
-        return crc32(turn.id.encode()) < self._wrong_share * 2**32
+    def _is_remote(
+        self,
+        turn: TurnView,
+        decoder: EngineView,
+        prefiller: EngineView,
+        load: LoadView,
+        *,
+        local_s: float,
+        remote_s: float,
+    ) -> bool:
+        new = turn.new_tokens
+        local_s += self._stall_weight * stall_s(decoder, new)
+        remote_s += self._stall_weight * remote_stall_s(prefiller, decoder, new)
+        right = remote_s < local_s or breaks_slo(turn, decoder, load)
+        is_wrong = crc32(turn.id.encode()) < self._wrong_share * 2**32
+        return right is not is_wrong
 
 
 class Ppd(FullDisaggregation):
@@ -147,8 +164,8 @@ class Ppd(FullDisaggregation):
             return TailAction.STAY
         local_s = tail_local_s(home, turn.new_tokens, load)
         delay_s = tail_remote_s(turn, home, prefiller, load) - local_s
-        stall_s = home.active_turns * home.prefill_s(turn.new_tokens) * home.mixed_slowdown
-        gains = _STALL_WEIGHT * stall_s > _OWN_WEIGHT * delay_s
+        spared_s = stall_s(home, turn.new_tokens) - stall_s(home, 1)
+        gains = _STALL_WEIGHT * spared_s > _OWN_WEIGHT * delay_s
         return TailAction.REMOTE if gains else TailAction.STAY
 
 
@@ -166,6 +183,6 @@ class Deflection(Tiered):
     ) -> PrefillPlace:
         if prefiller is None:
             return _NO_PREFILLER
-        remote_s = first_remote_s(prefiller, turn.prompt_tokens)
+        remote_s = first_remote_s(prefiller, decoder, turn.prompt_tokens)
         later = remote_s > first_local_s(decoder, turn.prompt_tokens)
         return _DEFLECTED if later and not breaks_slo(turn, decoder, load) else _REMOTE

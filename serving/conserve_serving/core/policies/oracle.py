@@ -37,7 +37,7 @@ class Oracle(Collocated):
         load: LoadView,
     ) -> PrefillPlace:
         if prefiller is not None and prefiller is not decoder:
-            remote_s = first_remote_s(prefiller, turn.prompt_tokens)
+            remote_s = first_remote_s(prefiller, decoder, turn.prompt_tokens)
             if remote_s < first_local_s(decoder, turn.prompt_tokens):
                 return PrefillPlace(remote=True, reason=Reason.FIRST_TURN_HANDOFF)
         return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_COLLOCATED)
