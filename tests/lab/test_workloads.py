@@ -204,10 +204,12 @@ def test_families_stay_in_one_half(agents: str) -> None:
 
 def test_prefixes_are_shared_where_caches_are_to_be_warm(tmp_path: Path) -> None:
     shared = {"shared_prefix_tokens": 60, "model": "m"}
-    source = trace(tmp_path / "t.jsonl", row("a", **shared), row("b", **shared), row("c"))
+    own = {**shared, "model": "another"}
+    rows = [row("a", **shared), row("b", **shared), row("c"), row("d", **own)]
+    source = trace(tmp_path / "t.jsonl", *rows)
     warm = stream(WorkloadSpec(source=source, conversations=30, shared_prefix=SharedPrefix.WARM))
     found = {str(c.id).partition("~")[0]: c.shared_prefix for c in warm}
-    assert found == {"a": ("m/60 tokens", 60), "b": ("m/60 tokens", 60), "c": None}
+    assert found == {"a": ("m/60 tokens", 60), "b": ("m/60 tokens", 60), "c": None, "d": None}
     cold = stream(WorkloadSpec(source=source, conversations=30))
     assert {c.shared_prefix for c in cold} == {None}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -108,9 +109,11 @@ def test_turns_of_one_conversation_are_alike() -> None:
 
 def test_prefixes_are_shared_by_name_and_length() -> None:
     made = generate("coding-agent", conversations=300, seed=0)
-    lengths = {(c.shared_prefix_name, c.shared_prefix_tokens) for c in made}
+    names = [(c.shared_prefix_name, c.shared_prefix_tokens) for c in made]
+    lengths = set(names)
     assert len({name for name, _ in lengths}) == len(lengths)
-    assert len(lengths) < 200  # several conversations begin alike
+    alone = sum(n == 1 for n in Counter(name for name, _ in names).values())
+    assert 0.35 < alone / len(made) < 0.65  # about half of the trace's begin as another does
     assert all(c.shared_prefix_tokens == 0 for c in generate("swebench", conversations=9, seed=0))
 
 

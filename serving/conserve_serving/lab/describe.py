@@ -7,7 +7,6 @@ every engine. Distributions are :func:`conserve_serving.replay.latencies.distrib
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -67,13 +66,13 @@ def describe(pool: Pool) -> dict[str, Any]:
         "gap_s": _spread(turn.gap_s for _, turn in tails),
         "gap_s_per_conversation": _spread(sum(t.gap_s for t in c.turns) for c in conversations),
         "first_turn_share": _share(sum(first), sum(prefill)),
-        "first_turn_share_warm": _warm_share(conversations, sum(prefill)),
+        "first_turn_share_warm": _warm_share(pool, sum(prefill)),
         "first_turn_share_per_conversation": _spread(
             mine / whole for mine, whole in zip(first, prefill, strict=True)
         ),
         "large_appends": _large_appends([turn.new_input_tokens for _, turn in tails]),
         "resets": _resets(conversations, tails),
-        "shared_prefixes": _shared_prefixes(conversations),
+        "shared_prefixes": _shared_prefixes(pool),
         "sub_agents": {
             "conversations": sum(c.parent is not None for c in conversations),
             "parents": len({c.parent for c in conversations} - {None}),
@@ -146,13 +145,8 @@ def _resets(
     }
 
 
-def _shared_names(conversations: Sequence[Conversation]) -> set[str]:
-    names = Counter(c.shared_prefix_name for c in conversations if c.shared_prefix_tokens)
-    return {name for name, count in names.items() if count > 1}
-
-
-def _shared_prefixes(conversations: Sequence[Conversation]) -> dict[str, Any]:
-    shared = _shared_names(conversations)
+def _shared_prefixes(pool: Pool) -> dict[str, Any]:
+    conversations, shared = pool.conversations, pool.shared_prefix_names
     return {
         "conversations": sum(c.shared_prefix_tokens > 0 for c in conversations),
         "prefixes": len({c.shared_prefix_name for c in conversations if c.shared_prefix_tokens}),
@@ -162,8 +156,8 @@ def _shared_prefixes(conversations: Sequence[Conversation]) -> dict[str, Any]:
     }
 
 
-def _warm_share(conversations: Sequence[Conversation], prefill: int) -> float | None:
-    shared = _shared_names(conversations)
+def _warm_share(pool: Pool, prefill: int) -> float | None:
+    conversations, shared = pool.conversations, pool.shared_prefix_names
     cached = sum(c.shared_prefix_tokens for c in conversations if c.shared_prefix_name in shared)
     first = sum(c.turns[0].input_tokens for c in conversations)
     return _share(first - cached, prefill - cached)

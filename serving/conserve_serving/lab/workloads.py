@@ -12,6 +12,7 @@ import enum
 import heapq
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -50,7 +51,10 @@ class Arrivals(enum.StrEnum):
 
 
 class SharedPrefix(enum.StrEnum):
-    """``cold``: conversations share nothing; ``warm``: they begin with the trace's prefixes."""
+    """``cold``: conversations share nothing; ``warm``: they begin with the trace's prefixes.
+
+    An engine that has computed a prefix once finds it cached for the conversations that share it.
+    """
 
     COLD = "cold"
     WARM = "warm"
@@ -198,6 +202,15 @@ class Pool:
         """Every conversation of the pool, once, sub-agents included."""
         return self.workload.conversations
 
+    @cached_property
+    def shared_prefix_names(self) -> frozenset[str]:
+        """Prefixes that several conversations of the pool begin with.
+
+        One that a single conversation has is nobody else's, however often that one is drawn.
+        """
+        names = Counter(c.shared_prefix_name for c in self.conversations if c.shared_prefix_tokens)
+        return frozenset(name for name, count in names.items() if count > 1)
+
     @staticmethod
     def load(spec: WorkloadSpec) -> Pool:
         """The pool of a workload; read once in a process, and kept for the next call.
@@ -291,7 +304,8 @@ class Pool:
     ) -> SimulatedConversation:
         made = self.conversations[index]
         shared = None
-        if spec.shared_prefix is SharedPrefix.WARM and made.shared_prefix_tokens:
+        warm = spec.shared_prefix is SharedPrefix.WARM
+        if warm and made.shared_prefix_name in self.shared_prefix_names:
             shared = (made.shared_prefix_name, made.shared_prefix_tokens)
         return SimulatedConversation(
             id=ConversationId(f"{made.id}{_DRAW}{number}"),

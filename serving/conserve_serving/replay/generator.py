@@ -48,7 +48,7 @@ def _conversation(recipe: Recipe, index: int, seed: int) -> Conversation:
     length, first, *factors = correlated(rng, recipe.factors)
     turns: list[Turn] = []
     first_input = max(1, round(recipe.first_input.at(normal_cdf(first))))
-    prefix_tokens, prefix_name = _prefix(recipe, first_input, rng)
+    prefix_tokens, prefix_name = _prefix(recipe, first_input, index, rng)
     histories = None if recipe.resets is None else _Histories(recipe.resets, prefix_tokens, rng)
     for number in range(1, max(1, round(recipe.turns.at(normal_cdf(length)))) + 1):
         new, output, gap_s = _draw(recipe, number, factors, rng)
@@ -71,13 +71,18 @@ def _conversation(recipe: Recipe, index: int, seed: int) -> Conversation:
     )
 
 
-def _prefix(recipe: Recipe, first_input: int, rng: random.Random) -> tuple[int, str]:
-    """One of the prefixes that the first prompt has room for."""
+def _prefix(recipe: Recipe, first_input: int, index: int, rng: random.Random) -> tuple[int, str]:
+    """One of the prefixes that the first prompt has room for.
+
+    What a single conversation of the trace began with stays a single one's, as often as it is
+    drawn: samples of any size share as much as the trace.
+    """
     fitting = [(which, p) for which, p in enumerate(recipe.prefixes) if p[0] < first_input]
     if not fitting:
         return 0, ""
-    ((which, (tokens, _)),) = rng.choices(fitting, [weight for _, (_, weight) in fitting])
-    return tokens, f"{recipe.name}/{which}/{tokens} tokens"
+    ((which, (tokens, count)),) = rng.choices(fitting, [count for _, (_, count) in fitting])
+    owner = f"own-{index}" if count == 1 else f"{which}"
+    return tokens, f"{recipe.name}/{owner}/{tokens} tokens"
 
 
 def _draw(

@@ -119,7 +119,7 @@ class Recipe:
             rows turns, first input, appended, output, gap.
         within: the same for a turn's own draws; rows appended, output, gap.
         resets: None: the history is never sent anew.
-        prefixes: ``(tokens, weight)`` of prefixes that conversations share; empty: none known.
+        prefixes: length and number of conversations of each prefix of the trace; empty: not known.
     """
 
     name: str
@@ -190,5 +190,5 @@ def _recipe(name: str, entry: dict[str, Any], grid: tuple[float, ...]) -> Recipe
             compact_at=quantiles(resets["compact_at"]),
             compacted_share=quantiles(resets["compacted_share"]),
         ),
-        prefixes=tuple((tokens, weight) for tokens, weight in entry.get("prefixes", ())),
+        prefixes=tuple((tokens, count) for tokens, count in entry.get("prefixes", ())),
     )
