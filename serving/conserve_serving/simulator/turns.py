@@ -134,11 +134,11 @@ class Turn:
 def _kept(conversation: Conversation, wanted: SimulatedTurn) -> tuple[int, bool]:
     """How much of the context the turn's prompt begins with, and whether that is not all of it."""
     prompt, new = wanted.prompt_tokens, wanted.new_tokens
-    if not 0 < new <= prompt or wanted.output_tokens <= 0:
+    if not 0 <= new <= prompt or prompt <= 0 or wanted.output_tokens <= 0:
         raise SimulationError(
             f"conversation {conversation.spec.id}, turn {conversation.next + 1}: a prompt of "
-            f"{prompt} tokens, {new} of them new, and an output of {wanted.output_tokens}: each "
-            "must be at least 1, and no more new than there are"
+            f"{prompt} tokens, {new} of them new, and an output of {wanted.output_tokens}: give 1 "
+            "token or more of each (0 new ones: the same prompt again), and no more new than all"
         )
     had = conversation.tokens
     if conversation.next == 0:
