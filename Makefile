@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 SGLANG := .venv-sglang
 
 .PHONY: help setup demo test test-slow test-openai2 test-litellm test-recipes test-recipes-openai3 \
-  test-recipes-openai2 test-sglang check lint types contracts bench clean
+  test-recipes-openai2 test-sglang test-hardware check lint types contracts bench clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -60,6 +60,10 @@ $(SGLANG)/.ready: constraints-sglang.txt pyproject.toml
 
 test-sglang: setup $(SGLANG)/.ready
 	@$(BIN)/python -m pytest -q -m sglang
+
+# The GPU measuring script at small size on the CPU, with the torch that SGLang brings.
+test-hardware: $(SGLANG)/.ready
+	@$(SGLANG)/bin/python -m pytest -q tests/hardware
 
 # The LiteLLM provider, with LiteLLM and its proxy, which do not fit into the development environment.
 $(VENV)-litellm/.ready: pyproject.toml constraints-litellm.txt

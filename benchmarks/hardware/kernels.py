@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
@@ -92,13 +92,14 @@ class FlashInfer:
     name = "flashinfer"
     packs = True
 
-    def __init__(self) -> None:
-        try:
-            import flashinfer  # noqa: PLC0415 - not on every machine
-        except ImportError as error:
-            raise AttentionError("not installed") from error
-        self._module: Any = flashinfer
-        self.name = f"flashinfer {flashinfer.__version__}"
+    def __init__(self, module: Any = None) -> None:
+        if module is None:
+            try:
+                import flashinfer as module  # noqa: PLC0415 - not on every machine
+            except ImportError as error:
+                raise AttentionError("not installed") from error
+        self._module = module
+        self.name = f"flashinfer {module.__version__}"
 
     def plan(self, group: Group, shape: Shape, dtype: torch.dtype, device: torch.device) -> Attend:
         if group.pages is None or group.page_tokens is None:
@@ -139,17 +140,22 @@ def _sums(lengths: Iterable[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def torch_varlen() -> Varlen:
+def torch_varlen(function: Any = None) -> Varlen:
     """torch's ``varlen_attn`` (2.10 and later; pages where its signature has them).
+
+    Args:
+        function: another one of that kind.
 
     Raises:
         AttentionError: this torch has none.
     """
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - not in every version
-    except ImportError as error:
-        raise AttentionError(f"torch {torch.__version__} has no varlen_attn") from error
-    names = inspect.signature(varlen_attn).parameters
+    if function is None:
+        try:
+            from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - not in every torch
+        except ImportError as error:
+            raise AttentionError(f"torch {torch.__version__} has no varlen_attn") from error
+        function = varlen_attn
+    names = inspect.signature(function).parameters
     more: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {}
     if "is_causal" in names:
         more = {"is_causal": True}
@@ -160,7 +166,7 @@ def torch_varlen() -> Varlen:
         paged = {}
         if lengths.pages is not None:
             paged = {"seqused_k": lengths.used_k, "block_table": lengths.pages}
-        return varlen_attn(
+        return function(
             q, k, v, lengths.cu_q, lengths.cu_k, lengths.max_q, lengths.max_k, **more, **paged
         )
 
@@ -205,12 +211,18 @@ KINDS: Final[dict[str, Callable[[], Attention]]] = {
 
 
 def choose(
-    wanted: str, shape: Shape, *, page_tokens: int | None, dtype: torch.dtype, device: torch.device
+    wanted: str,
+    shape: Shape,
+    *,
+    page_tokens: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    kinds: Mapping[str, Callable[[], Attention]] = KINDS,
 ) -> tuple[Attention, list[str]]:
     """The kernels to use, tried on a small mixed step first.
 
     Args:
-        wanted: a name of ``KINDS``, or ``auto`` for the first that works.
+        wanted: a name of ``kinds``, or ``auto`` for the first that works.
         shape: the model whose heads are tried.
         page_tokens: None for contiguous KV.
 
@@ -220,11 +232,11 @@ def choose(
     Raises:
         AttentionError: none works; the message says why for each.
     """
-    names = [name for name in KINDS if name != "reference"] if wanted == "auto" else [wanted]
+    names = [name for name in kinds if name != "reference"] if wanted == "auto" else [wanted]
     passed = []
     for name in names:
         try:
-            kernels = KINDS[name]()
+            kernels = kinds[name]()
             apart = _disagreement(kernels, shape, page_tokens, dtype, device)
         except Exception as error:  # noqa: BLE001 -- whatever a kernel says is why it is not used
             lines = str(error).strip().splitlines() or [repr(error)]

@@ -33,6 +33,7 @@ class Measurement:
         board: the GPU through NVML, None without.
         watch: its joules, None without.
         deadline_s: of `clock`; None: no limit.
+        idle: lets a moment pass with nothing running.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Measurement:
         deadline_s: float | None,
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = print,
+        idle: Callable[[], int] | None = None,
     ) -> None:
         self._result, self._bench, self._options = result, bench, options
         self._board, self._watch = board, watch
         self._deadline_s, self._clock, self._say = deadline_s, clock, say
+        self._idle = idle or rest
         self._session = len(result.data["sessions"]) - 1
         self._dice = random.Random(options.seed)  # noqa: S311 - an order, not a secret
         self._took_s: list[float] = []
@@ -179,7 +182,7 @@ class Measurement:
 
     def _watched(self, state: str, cell: Cell | None, watch: PowerWatch) -> dict[str, Any]:
         if cell is None:
-            seen = watch.over(rest, warm_s=SETTLE_S, measure_s=self._options.power_s)
+            seen = watch.over(self._idle, warm_s=SETTLE_S, measure_s=self._options.power_s)
         else:
             run = self._bench.parts(cell)[state]
             run(2)

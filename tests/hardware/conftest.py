@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+# One thread: with more, torch's threads wait for each other in turns where cores are shared.
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "hardware"))
