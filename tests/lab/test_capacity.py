@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conserve_serving.core.policies import make_policy
 from conserve_serving.core.scheduler import Scheduler
@@ -242,6 +244,38 @@ def test_advantages_of_an_h100(name: str, slowdowns: tuple[float, float, float])
     assert found.favours_prefill == (name == "a100-kv80-qwen3-8b")
 
 
+_TURN = st.tuples(st.integers(1, 4_000), st.integers(1, 600))
+_CONVERSATIONS = st.lists(st.lists(_TURN, min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(turns=_CONVERSATIONS, slowdown=st.floats(1.0, 3.0), count=st.integers(1, 4))
+def test_what_any_demand_must_obey(
+    turns: list[list[tuple[int, int]]], slowdown: float, count: int
+) -> None:
+    sample = []
+    for of in turns:
+        context, rows = 0, []
+        for new, output in of:
+            rows.append((context + new, new, output))
+            context += new + output
+        sample.append(_conversation(*rows))
+    demand = Demand.of(sample)
+    roomy = SIMPLE.replace(kv_capacity_tokens=100_000)
+    one = capacity(_engines(1, 1, roomy), demand)
+    many = capacity(_engines(count, count, roomy), demand)
+    slowed = capacity(_engines(1, 1, roomy.replace(mixed_slowdown=slowdown)), demand)
+    for figure in ("prefill_per_s", "decode_per_s", "link_per_s", "hosting_per_s", "valve_per_s"):
+        assert getattr(many, figure) == pytest.approx(count * getattr(one, figure))
+        assert getattr(slowed, figure) <= getattr(one, figure) * (1 + 1e-9)
+    assert slowed.prefill_per_s == one.prefill_per_s  # nothing decodes there
+    assert one.dedicated_per_s <= one.valve_per_s * (1 + 1e-9)
+    assert one.dedicated_per_s == min(one.prefill_per_s, one.decode_per_s, one.link_per_s)
+    both = [engine.hosting_s for engine in slowed.engines]
+    parts = slowed.engines[0]
+    assert both[0] == both[1] <= slowdown * (parts.first_s + parts.tail_s + parts.decode_s) * 1.001
+
+
 # --- against the simulator ------------------------------------------------------------------------
 
 
@@ -278,7 +312,7 @@ def test_saturation_in_the_simulator(
     """Within 10 %: the middle half of 300 conversations that are all there, by when they end."""
     engines = cluster(name).engines(mixed_slowdown=mixed_slowdown)
     chosen = CONTENDERS[contender]
-    settings = chosen.scheduler_settings()
+    tuned = chosen.scheduler_settings()
     ends: list[float] = []
 
     def closed(turn: TurnResult) -> None:
@@ -287,7 +321,7 @@ def test_saturation_in_the_simulator(
             ends.append(turn.finished_s)
 
     virtual = VirtualCluster(
-        Scheduler(settings, make_policy(chosen.policy, settings)), engines, on_turn=closed
+        Scheduler(tuned, make_policy(chosen.policy, tuned)), engines, on_turn=closed
     )
     virtual.feed(_swebench(300, seed=11))
     virtual.run()
