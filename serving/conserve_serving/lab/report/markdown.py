@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from conserve_serving.lab.report.document import Figure, Note, Section, Table, Tile
+
+#: Longer tables are cut: the page has all rows.
+MAX_ROWS: Final = 40
 
 
 def to_markdown(
@@ -59,9 +63,12 @@ def _table(table: Table) -> Iterator[str]:
         )
         + "|"
     )
-    for row in table.rows:
+    for row in table.rows[:MAX_ROWS]:
         yield _line([f"{c.text} ({c.detail})" if c.detail else c.text for c in row])
     yield ""
+    if len(table.rows) > MAX_ROWS:
+        yield f"… and {len(table.rows) - MAX_ROWS} more rows on the page."
+        yield ""
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -410,21 +410,28 @@ class Group:
     marks: tuple[tuple[float | None, str], ...] = ()
 
 
-def groups(drawn: Sequence[Group], *, title: str, label: str) -> str:
-    """Grouped horizontal bars; marks are lines across the group."""
+def groups(drawn: Sequence[Group], *, title: str, label: str, cut: float) -> str:
+    """Grouped horizontal bars; marks are lines across the group.
+
+    Args:
+        drawn: the groups.
+        title, label: as everywhere.
+        cut: bars that are longer end here, with an arrow.
+    """
     with svg.axes(520, 48 + 46 * len(drawn)) as (figure, axes):
         svg.place(figure, left=132, right=44, top=28, bottom=22)
         everything = [v for one in drawn for v, _ in (*one.values, *one.marks)]
-        highest = max((value for value in everything if value is not None), default=0.0)
+        longest = max((value for value in everything if value is not None), default=0.0)
+        highest = min(longest, cut) or 1.0
         for number, group in enumerate(drawn):
             height = 0.72 / max(1, len(group.values))
             for place, (value, hue) in enumerate(group.values):
                 at = number - 0.36 + (place + 0.5) * height
-                axes.barh(at, value or 0.0, height=height * 0.88, color=hue)
+                axes.barh(at, min(value or 0.0, highest), height=height * 0.88, color=hue)
                 if value is not None:
                     inside = value > 0.12 * highest
                     axes.annotate(
-                        format_number(value),
+                        format_number(value) + (" →" if value > highest else ""),
                         xy=(0.0 if inside else value, at),
                         xytext=(4, 0),
                         textcoords="offset points",
@@ -438,7 +445,7 @@ def groups(drawn: Sequence[Group], *, title: str, label: str) -> str:
                     axes.plot(
                         [value, value], [number - 0.42, number + 0.42], color=hue, linewidth=2.2
                     )
-        axes.set_xlim(0, (highest or 1.0) * 1.05)
+        axes.set_xlim(0, highest * 1.05)
         axes.set_ylim(len(drawn) - 0.45, -0.55)
         axes.set_yticks(range(len(drawn)), [group.name for group in drawn])
         axes.tick_params(axis="both", length=0)

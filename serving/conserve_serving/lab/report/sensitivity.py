@@ -76,9 +76,7 @@ def section(context: Context) -> Section:
     blocks: list[Block] = []
     not_swept = []
     for place in context.rows.main_places():
-        rate = _common_rate(context, place)
-        if rate is not None:
-            blocks += _tornados(context, place, rate)
+        blocks += _tornados(context, place)
     for axis in AXES:
         figures = [f for place in context.rows.main_places() for f in _swept(context, place, axis)]
         blocks += figures
@@ -197,14 +195,27 @@ def _table(
     )
 
 
-def _tornados(context: Context, place: Place, rate: float) -> Iterator[Figure]:
-    """How far each assumption moves ConServe's difference to the best other policy."""
+def _tornados(context: Context, place: Place) -> Iterator[Figure]:
+    """How far each assumption moves ConServe's difference to the best other policy.
+
+    The best of those that were run under every assumption, at a load that all were run at.
+    """
+    everywhere = [other for axis in AXES for other in _along(context, place, axis)]
+    rate = _common_rate(context, place, everywhere)
     ours = context.ours_at(place)
-    if not ours:
+    if not ours or rate is None:
         return
+    rivals = [
+        label
+        for label in context.rivals_at(place)
+        if all(context.rows.at(other, label, rate) for other in (place, *everywhere))
+    ]
     drawn, rows = [], []
     for metric in (TTFET, TOKENS_PER_J):
-        base = context.against_best(place, ours[0], rate, metric)
+        rival = context.rows.best_rival(place, rivals, rate, metric)
+        if rival is None:
+            continue
+        base = context.rows.compare(place, ours[0], rival, rate, metric)
         if base is None:
             continue
         spans = []

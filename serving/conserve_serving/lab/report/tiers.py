@@ -85,7 +85,7 @@ def section(
     if known:
         blocks += [
             _verdicts(context, known, capacities),
-            _economy(context, known),
+            *_economy(context, known),
             _numbers(context, known),
         ]
     missing = [site.place.title for site in sites if site not in known]
@@ -133,7 +133,7 @@ def _site(context: Context, place: Place) -> Site:
 def _verdicts(context: Context, sites: Sequence[Site], capacities: Capacities) -> Table:
     rows = [
         (
-            Cell(site.hardware.title),
+            Cell(site.place.cluster, detail=site.hardware.title),
             Cell(site.place.workload),
             strong(ours, True),
             *(_goodput_verdict(context, site, ours, name) for name, _, _ in GOODPUTS),
@@ -235,37 +235,52 @@ def _busy(context: Context, site: Site, ours: str) -> str:
 # --- at equal cost and power ----------------------------------------------------------------------
 
 
-def _economy(context: Context, sites: Sequence[Site]) -> Table:
+def _economy(context: Context, sites: Sequence[Site]) -> Iterator[Table | Note]:
     """Ours against the best other policy on any cluster of equal engines, per dollar and watt."""
+    if len(sites) < 2 or not any(site.hardware.equal for site in sites):
+        yield Note(
+            "Nothing to compare at equal cost or power: the rows have no second cluster of equal "
+            "engines.",
+            missing=True,
+        )
+        return
     rows = []
     for site in sites:
-        controls = [
+        equal = [
             other
             for other in sites
-            if other.hardware.equal
+            if other is not site
+            and other.hardware.equal
             and other.place.workload == site.place.workload
             and other.place.setting.mixed_slowdown == site.place.setting.mixed_slowdown
-            and _reference(context, other) == _reference(context, site)
         ]
+        reference = _reference(context, site)
+        controls = [other for other in equal if _reference(context, other) == reference]
+        if equal and not controls:
+            none = "equal tiers were held to another SLO: run all with one --reference"
+        else:
+            none = "no other equal tiers in these rows"
         for ours in context.ours_at(site.place):
             own = site.reached(ours, "Gany")
             if own is None:
                 continue
             rows.append(
                 (
-                    Cell(site.hardware.title),
+                    Cell(site.place.cluster, detail=site.hardware.title),
                     Cell(site.place.workload),
                     strong(ours, True),
                     Cell(_say(own)),
                     Cell(_number(site.hardware.dollars_per_hour)),
                     Cell(_per(own, site.hardware.dollars_per_hour, 1.0)),
-                    _against_equal(context, own, site, controls, "dollars_per_hour"),
+                    _against_equal(
+                        context, own, site, controls, price="dollars_per_hour", none=none
+                    ),
                     Cell(_number(site.hardware.rated_w)),
                     Cell(_per(own, site.hardware.rated_w, 1000.0)),
-                    _against_equal(context, own, site, controls, "rated_w"),
+                    _against_equal(context, own, site, controls, price="rated_w", none=none),
                 )
             )
-    return Table(
+    yield Table(
         caption="At equal cost and at equal rated power: Gany, against the best other policy on "
         "any cluster of equal engines in these rows",
         columns=(
@@ -293,7 +308,13 @@ def _reference(context: Context, site: Site) -> str:
 
 
 def _against_equal(
-    context: Context, own: Goodput, site: Site, controls: Sequence[Site], price: str
+    context: Context,
+    own: Goodput,
+    site: Site,
+    controls: Sequence[Site],
+    *,
+    price: str,
+    none: str,
 ) -> Cell:
     here = getattr(site.hardware, price)
     others = []
@@ -306,13 +327,13 @@ def _against_equal(
     if not here:
         return Cell("not known", Tone.SOFT)
     if not others:
-        return Cell("no equal tiers in these rows", Tone.SOFT)
+        return Cell(none, Tone.SOFT)
     _, control, label, found = max(others, key=lambda other: other[0])
     comparison = own.compare(found, rival=label, scale=getattr(control.hardware, price) / here)
     if comparison is None:
         return Cell("–", Tone.SOFT)
     cell = verdict_cell(comparison)
-    return Cell(cell.text, cell.tone, f"{cell.detail} on {control.hardware.title}")
+    return Cell(cell.text, cell.tone, f"{cell.detail} on {control.place.cluster}")
 
 
 def _number(value: float | None) -> str:
@@ -342,7 +363,7 @@ def _numbers(context: Context, sites: Sequence[Site]) -> Table:
             hollow = rate is not None and is_saturated(context, site.place, label, rate)
             rows.append(
                 (
-                    Cell(site.hardware.title),
+                    Cell(site.place.cluster),
                     Cell(site.place.workload),
                     strong(label, label in ours),
                     *(Cell(_say(site.reached(label, name))) for name, _, _ in GOODPUTS),
@@ -391,12 +412,13 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
                     for site, found in counted
                 ],
                 title=f"{workload}, conversations/s",
+                cut=1.5 * max(_busiest(found) for _, found in counted),
                 label=f"Capacity of each part, {workload}",
             )
         )
         rows += [
             (
-                Cell(site.hardware.title),
+                Cell(site.place.cluster),
                 Cell(workload),
                 *(Cell(_three(_part(found, f))) for _, f, _ in (*_PARTS, *_MARKS)),
             )
@@ -420,6 +442,12 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
             ),
             wide=True,
         )
+
+
+def _busiest(found: ClusterCapacity) -> float:
+    """The most of what is not the link: a fast link would leave no room for the rest."""
+    values = (_part(found, name) for name in ("prefill_per_s", "decode_per_s", "hosting_per_s"))
+    return max((value for value in values if value is not None), default=0.0)
 
 
 def _part(found: ClusterCapacity, field: str) -> float | None:
