@@ -307,7 +307,10 @@ def prefixes(conversations: Sequence[Conversation]) -> list[list[int]]:
 def entry(plan: Plan) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     conversations = Pool.load(plan.spec).conversations
-    lengths = uncut_lengths(conversations, plan.spec, rng)
+    # Sessions that are compacted mostly stay below the cap: their lengths stand as they are.
+    lengths = {c.id: len(c.turns) for c in conversations}
+    if not plan.resets:
+        lengths = uncut_lengths(conversations, plan.spec, rng)
 
     def appended(before: Turn | None, turn: Turn) -> float | None:
         return None if before is None or is_reset(turn, before) else turn.new_input_tokens

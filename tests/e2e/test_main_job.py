@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,14 @@ def test_every_conversation_moves_once_and_stays(cluster: str, tmp_path: Path) -
 def test_a_killed_decoder_loses_no_conversation(cluster: str, tmp_path: Path) -> None:
     run = replay(cluster, tmp_path)
     victim = None
-    while victim is None and run.poll() is None:  # until a decoder is in the middle of something
+    while victim is None and run.poll() is None:  # until a decoder is in the middle of tails
+        tails = Counter(
+            c["decode_engine"]
+            for c in ask(f"{cluster}/conserve/v1/conversations")["conversations"]
+            if c["state"] != "ended" and 2 <= c["turns"] <= 4
+        )
         for engine in ask(f"{cluster}/conserve/v1/cluster")["engines"]:
-            if engine["tier"] == "decode" and engine["conversations"] >= 2 and engine["running"]:
+            if tails[engine["id"]] >= 2 and engine["running"]:
                 victim = engine["id"]
     assert victim is not None
     kill_engine(victim, tmp_path)

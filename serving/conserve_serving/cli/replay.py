@@ -119,7 +119,7 @@ def replay(
     """Send a trace's conversations through a running gateway, and print what came out.
 
     TRACE is a file (JSON lines, Mooncake's JSON lines or CSV; plain or gzip), or generated:NAME
-    with NAME one of swebench, coding-agent, customer-service.
+    with NAME one of those that `conserve workload list` shows.
 
     Ctrl-C ends the run early and shows what was measured so far. The exit code is 0 when every
     turn was answered with the trace's exact token counts, 1 otherwise.
