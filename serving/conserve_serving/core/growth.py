@@ -21,12 +21,21 @@ class GrowthModel:
     """For each age, over a sliding window: mean output, mean growth of context in a turn, and the
     share of conversations that had another turn rather than end."""
 
-    __slots__ = ("_growth", "_output", "_seen_growth", "_seen_next", "_seen_output", "_survival")
+    __slots__ = (
+        "_ahead",
+        "_growth",
+        "_output",
+        "_seen_growth",
+        "_seen_next",
+        "_seen_output",
+        "_survival",
+    )
 
     def __init__(self, output_tokens: int) -> None:
         self._output = [float(output_tokens)] * AGES
         self._growth = [0.0] * AGES
         self._survival = [1.0] * AGES
+        self._ahead = [_turns_ahead(1.0, age) for age in range(AGES)]  # follows from _survival
         self._seen_output = [0] * AGES
         self._seen_growth = [0] * AGES
         self._seen_next = [0] * AGES
@@ -39,11 +48,15 @@ class GrowthModel:
         """A turn with ``turns`` before it made its conversation's context ``tokens`` longer."""
         age = age_of(turns)
         _average(self._growth, self._seen_growth, age, max(0, tokens))
-        _average(self._survival, self._seen_next, age, 1.0)
+        self._observe_next(age, 1.0)
 
     def observe_end(self, turns: int) -> None:
         """A conversation ended after ``turns`` turns."""
-        _average(self._survival, self._seen_next, age_of(turns), 0.0)
+        self._observe_next(age_of(turns), 0.0)
+
+    def _observe_next(self, age: int, went_on: float) -> None:
+        _average(self._survival, self._seen_next, age, went_on)
+        self._ahead[age] = _turns_ahead(self._survival[age], age)
 
     def output_tokens(self, turns: int) -> float:
         """Mean output observed for turns of this age; the configured reserve before any."""
@@ -59,7 +72,7 @@ class GrowthModel:
         for age, conversations in enumerate(conversations_by_age):
             growth = self._growth[age]
             if conversations and growth:
-                tokens += conversations * growth * _turns_ahead(self._survival[age], age)
+                tokens += conversations * growth * self._ahead[age]
         return tokens
 
 

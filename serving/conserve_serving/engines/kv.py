@@ -276,7 +276,8 @@ class KvPool:
 
         The caller has checked ``tokens <= room_tokens``.
         """
-        self._make_room(tokens)
+        if tokens > self.available_tokens:
+            self._make_room(tokens)
         self.private_tokens += tokens
 
     def release(self, tokens: int) -> None:

@@ -282,15 +282,16 @@ class EngineModel:
         self._secure_decode_pages()
         batch = len(decode.running)
         budget = max(self.config.page_tokens, self._chunk_tokens - batch)
-        self._chunks = desk.pick_chunks(budget, start_s)
+        self._chunks = desk.pick_chunks(budget, start_s) if desk.has_prompts else []
         if not batch and not self._chunks:
             return None
         steps = 1
         kv_tokens = decode.kv_tokens + batch
         decode_s = self._times.decode_s(batch, kv_tokens) if batch else 0.0
-        prefill_s = 0.0
+        prefill_s, prefill_tokens = 0.0, 0
         duration_s = decode_s
         if self._chunks:
+            prefill_tokens = sum([tokens for _, tokens in self._chunks])
             prefill_s = self._times.prefill_batch_s(
                 [(tokens, work.computed_tokens) for work, tokens in self._chunks]
             )
@@ -299,7 +300,7 @@ class EngineModel:
                 duration_s = self._times.mixed_s(
                     prefill_s,
                     decode_s,
-                    chunk_tokens=sum(tokens for _, tokens in self._chunks),
+                    chunk_tokens=prefill_tokens,
                     batch=batch,
                     kv_tokens=kv_tokens,
                 )
@@ -317,7 +318,7 @@ class EngineModel:
             start_s=start_s,
             duration_s=duration_s,
             steps=steps,
-            prefill_tokens=sum(tokens for _, tokens in self._chunks),
+            prefill_tokens=prefill_tokens,
             prefill_requests=len(self._chunks),
             decode_batch=batch,
             decode_kv_tokens=kv_tokens if batch else 0,
@@ -358,7 +359,8 @@ class EngineModel:
         decode = self._decode
         if step.steps > 1:
             more = decode.pages_for(step.steps) - decode.pages_for_one()
-            self.pool.allocate(more * self.config.page_tokens)
+            if more:
+                self.pool.allocate(more * self.config.page_tokens)
         if decode.running and self.config.token_events:
             rids = tuple(work.request.rid for work in decode.running)
             self._events.append(TokensEmitted(rids=rids, at_s=step.end_s, count=step.steps))
@@ -499,6 +501,8 @@ class EngineModel:
         self._drain_egress(self._now_s)
 
     def _drain_egress(self, now_s: float) -> None:
+        if not self._egress:
+            return
         done = 0
         while done < len(self._egress) and self._egress[done].at_s <= now_s + EPSILON_S:
             done += 1
@@ -517,7 +521,10 @@ class EngineModel:
         prompts go, newest first.
         """
         decode, desk, page = self._decode, self._desk, self.config.page_tokens
-        while decode.pages_for_one() * page > self.pool.room_tokens:
+        tokens = decode.pages_for_one() * page
+        if not tokens:
+            return
+        while tokens > self.pool.room_tokens:
             if len(decode.running) > 1:
                 work = next(reversed(decode.running))
                 allocated = decode.allocated_kv_tokens(work)
@@ -531,7 +538,8 @@ class EngineModel:
             desk.retract(work, allocated)
             self.counters.retractions += 1
             self._events.append(Retracted(rid=work.request.rid, at_s=self._now_s))
-        self.pool.allocate(decode.pages_for_one() * page)
+            tokens = decode.pages_for_one() * page
+        self.pool.allocate(tokens)
 
     # --- what a step brought -----------------------------------------------------------------
     def _prefilled(self, work: Work, tokens: int) -> None:

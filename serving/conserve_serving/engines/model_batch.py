@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 from collections.abc import Callable
-from functools import partial
 
 from conserve_serving.engines.kv_nodes import Node
 from conserve_serving.engines.model_types import ModelRequest
@@ -249,7 +249,7 @@ def plan_burst(
         grows_s = s_per_kv_token * batch
         left_s = horizon_s - duration_s
         if _sum_s(count - 1, first_s, grows_s) >= left_s:
-            count = _last_true(1, count, partial(_begins_before, left_s, first_s, grows_s))
+            count = _begun(left_s, first_s, grows_s)
         duration_s += _sum_s(count, first_s, grows_s)
         steps += count
         kv_tokens += count * batch
@@ -261,9 +261,20 @@ def _sum_s(count: int, first_s: float, grows_s: float) -> float:
     return count * (first_s + grows_s * (count - 1) / 2)
 
 
-def _begins_before(left_s: float, first_s: float, grows_s: float, count: int) -> bool:
-    """Whether step number ``count`` begins before ``left_s`` have passed."""
-    return _sum_s(count - 1, first_s, grows_s) < left_s
+def _begun(left_s: float, first_s: float, grows_s: float) -> int:
+    """How many steps begin before ``left_s`` have passed; the first does in any case."""
+    if left_s <= 0.0:
+        return 1
+    count = left_s / first_s
+    if grows_s > 0.0:  # the root of count · first + grows · count · (count − 1) / 2 = left
+        half = first_s - grows_s / 2
+        count = (math.sqrt(half * half + 2 * grows_s * left_s) - half) / grows_s
+    begun = max(1, math.ceil(count))
+    while begun > 1 and _sum_s(begun - 1, first_s, grows_s) >= left_s:  # it was rounded
+        begun -= 1
+    while _sum_s(begun, first_s, grows_s) < left_s:
+        begun += 1
+    return begun
 
 
 def _last_true(low: int, high: int, holds: Callable[[int], bool]) -> int:

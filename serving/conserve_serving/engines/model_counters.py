@@ -48,7 +48,7 @@ class Counters:
             self._decode_kv_tokens += step.decode_kv_tokens
             self._decode_batch_sum += step.steps * step.decode_batch
             self._moment(step)
-            self._decoded_until_s = step.end_s
+            self._decoded_until_s = step.start_s + step.duration_s
             return
         self._decoded_until_s = None
         if step.decode_batch:
@@ -64,11 +64,18 @@ class Counters:
 
     def _moment(self, step: Step) -> None:
         """SGLang times decode by its cadence: a step that no decode step led up to has none."""
-        follows = self._decoded_until_s == step.start_s
-        steps = step.steps if follows else step.steps - 1
-        batch, us = step.decode_batch, step.duration_s * 1e6 * steps / step.steps
-        terms = (steps, steps * batch, us, steps * batch**2, batch * us, steps * batch)
-        self._moments = [total + term for total, term in zip(self._moments, terms, strict=True)]
+        steps, batch, us = step.steps, step.decode_batch, step.duration_s * 1e6
+        if self._decoded_until_s != step.start_s:
+            us *= (steps - 1) / steps
+            steps -= 1
+        generated = steps * batch
+        moments = self._moments
+        moments[0] += steps
+        moments[1] += generated
+        moments[2] += us
+        moments[3] += generated * batch
+        moments[4] += batch * us
+        moments[5] += generated
 
     def cached(self, work: Work) -> None:
         """Count a prompt's cached tokens, once, when its prefill is complete."""

@@ -18,6 +18,8 @@ from conserve_serving.engines.profile import HardwareProfile
 
 #: Output beyond this is not reserved for (SGLang's SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION).
 _RESERVE_CLIP_TOKENS: Final = 4096
+_QUEUED: Final = int(State.QUEUED)
+_READY: Final = int(State.READY)
 #: Slack for times that went through a driver's arithmetic.
 EPSILON_S: Final = 1e-6
 
@@ -48,6 +50,12 @@ class Desk:
         self._reserved_tokens = 0
         self._blocked = False  # the head found no room, and nothing has changed since
         self._retracting = False  # nobody is admitted until a request ends
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there may be a prompt to compute now."""
+        held = self.held
+        return held[_READY] > 0 or (held[_QUEUED] > 0 and not (self._blocked or self._retracting))
 
     @property
     def ingress_busy_s(self) -> float:

@@ -1,8 +1,14 @@
-"""What goes into and comes out of the engine model. Times in model seconds, sizes in tokens."""
+"""What goes into and comes out of the engine model. Times in model seconds, sizes in tokens.
+
+What is made for every request or step is a msgspec struct: it is made in a fifth of the time that
+a frozen dataclass takes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import msgspec
 
 from conserve_serving.engines.content import Prompt
 
@@ -42,8 +48,7 @@ class ModelConfig:
     host_capacity_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRequest:
+class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request.
 
     Attributes:
@@ -76,8 +81,7 @@ class ModelRequest:
     known_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True):
     """What the device does until ``start_s + duration_s``.
 
     Attributes:
@@ -101,8 +105,7 @@ class Step:
         return self.start_s + self.duration_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillDone:
+class PrefillDone(msgspec.Struct, frozen=True, kw_only=True):
     """The prompt's KV is complete (for the first time). Cached tokens by where they were.
 
     ``queued_s`` is the time it waited for admission.
@@ -117,8 +120,7 @@ class PrefillDone:
     queued_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokensEmitted:
+class TokensEmitted(msgspec.Struct, frozen=True, kw_only=True):
     """Each of these requests generated ``count`` more tokens."""
 
     rids: tuple[str, ...]
@@ -126,8 +128,7 @@ class TokensEmitted:
     count: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestFinished:
+class RequestFinished(msgspec.Struct, frozen=True, kw_only=True):
     """The request is over and its KV is idle. ``cached_tokens`` is the sum over all places."""
 
     rid: str
@@ -139,8 +140,7 @@ class RequestFinished:
     first_token_s: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagesStored:
+class PagesStored(msgspec.Struct, frozen=True, kw_only=True):
     """Every full page of the prompt is in the hand-off store (``tokens`` leading tokens).
 
     ``duration_s``: since the prompt was computed; waiting for the link included. ``sent_tokens``:
@@ -154,8 +154,7 @@ class PagesStored:
     sent_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retracted:
+class Retracted(msgspec.Struct, frozen=True, kw_only=True):
     """The request lost its device KV to others and went back to the queue; it will run again."""
 
     rid: str

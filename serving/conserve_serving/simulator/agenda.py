@@ -12,25 +12,23 @@ class Agenda:
 
     Attributes:
         now_s: time of the newest action taken, and never less than before.
+        heap: what is to come. For looking whether it is empty.
     """
 
-    __slots__ = ("_heap", "_serial", "now_s")
+    __slots__ = ("_serial", "heap", "now_s")
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self.heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._serial = 0
-
-    def __len__(self) -> int:
-        return len(self._heap)
 
     def at(self, at_s: float, action: Callable[[Any], None], argument: Any) -> None:
         """Call ``action(argument)`` at that time, at once if it has passed."""
         self._serial += 1
-        heapq.heappush(self._heap, (at_s, self._serial, action, argument))
+        heapq.heappush(self.heap, (at_s, self._serial, action, argument))
 
     def next(self) -> None:
         """Let time pass until the next action, and take it; the agenda is not empty."""
-        at_s, _, action, argument = heapq.heappop(self._heap)
+        at_s, _, action, argument = heapq.heappop(self.heap)
         self.now_s = max(self.now_s, at_s)
         action(argument)

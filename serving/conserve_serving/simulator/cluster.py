@@ -147,7 +147,7 @@ class VirtualCluster:
             self._agenda.at(self.now_s + self._report_interval_s, self._report, engine)
         agenda, dirty = self._agenda, self._dirty
         while self._open or self._feeding:
-            if not agenda:
+            if not agenda.heap:
                 raise DeadlockError(self._describe("nothing is left to happen"))
             agenda.next()
             if dirty:
