@@ -374,14 +374,14 @@ def dumps(data: dict[str, Any]) -> str:
     return write(data, "") + "\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name in ("swebench", "coding", "customer"):
         parser.add_argument(f"--{name}", required=True, metavar="FILE")
     parser.add_argument("--out", type=Path, default=TARGET / "quantiles.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     data = {
         "about": "Statistics of real traces from which workloads are drawn; token counts only. "
         "Made by benchmarks/workloads/make_quantiles.py.",

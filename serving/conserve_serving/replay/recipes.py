@@ -153,6 +153,11 @@ def correlated(rng: random.Random, lower: Sequence[Sequence[float]]) -> list[flo
 def recipes() -> dict[str, Recipe]:
     """The workloads there are, by name."""
     text = importlib.resources.files(__package__).joinpath("quantiles.json").read_text("utf-8")
+    return parse_recipes(text)
+
+
+def parse_recipes(text: str) -> dict[str, Recipe]:
+    """Recipes by name from a file of the form of ``quantiles.json``."""
     data = json.loads(text)
     grid = tuple(data["quantiles"])
     return {name: _recipe(name, entry, grid) for name, entry in data["workloads"].items()}
