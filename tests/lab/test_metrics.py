@@ -219,35 +219,35 @@ def test_tokens_and_transfers() -> None:
     assert out["turns"] == 3
 
 
-def stream(count: int, *, life_s, rate_per_s: float = 1.0, alone_s: float = 2.0) -> dict:
+def stream(count: int, *, life_s, rate_per_s: float = 1.0) -> dict:
     made = RunMeter()
-    ideal = IdealLatency(first_turn_ttft_s=1, ttfet_s=1, last_turn_tbt_s=1, e2e_s=alone_s, gaps_s=0)
     for i in range(count):
-        made.expect(ConversationId(f"c{i}"), 1, ideal)
+        made.expect(ConversationId(f"c{i}"), 1, IDEAL)
         made.on_turn(local(f"c{i}", 1, i / rate_per_s, finished_s=life_s(i)))
     return made.figures(warmup_share=0.1)
 
 
-def test_steady_state_is_not_saturated_and_rates_are_of_the_second_half() -> None:
-    out = stream(400, life_s=lambda _: 7.5, rate_per_s=2.0)
+def test_in_a_steady_state_completions_keep_pace() -> None:
+    out = stream(400, life_s=lambda i: 7.5 + i % 3, rate_per_s=2.0)
     assert out["arrival_rate_per_s"] == pytest.approx(2.0)
     assert out["completion_rate_per_s"] == pytest.approx(2.0, rel=0.02)
-    assert abs(out["backlog_growth"]) < 0.01
+    assert out["stretch"] == pytest.approx(1.0, rel=0.02)
     assert not out["saturated"]
 
 
 def test_a_backlog_that_grows_is_saturated() -> None:
     """Each conversation takes a fifth of a second longer than the one before."""
     out = stream(400, life_s=lambda i: 7.0 + 0.2 * i)
-    assert out["completion_rate_per_s"] == pytest.approx(1 / 1.2, rel=0.02)
-    assert out["backlog_growth"] == pytest.approx(1 - 1 / 1.2, rel=0.1)
+    assert out["arrival_rate_per_s"] == pytest.approx(1.0)
+    assert out["completion_rate_per_s"] == pytest.approx(1 / 1.2)
+    assert out["stretch"] == pytest.approx(1.2)
     assert out["saturated"]
+    assert not stream(400, life_s=lambda i: 7.0 + 0.04 * i)["saturated"]
 
 
 def test_conversations_that_outlive_the_run_are_no_backlog() -> None:
-    """Alone they would take as long: the number of open ones grows, but nobody waits."""
-    out = stream(400, life_s=lambda _: 10_000.0, alone_s=9_000.0)
-    assert not out["saturated"]
+    out = stream(400, life_s=lambda _: 10_000.0)
+    assert out["stretch"] == pytest.approx(1.0)
 
 
 def test_nothing_measured() -> None:
@@ -255,4 +255,4 @@ def test_nothing_measured() -> None:
     assert out["latency"]["ttfet_s"]["n"] == 0
     assert out["slo"]["all"] is None
     assert out["where"] == {"all": None, "p95": None, "p95_normalized": None}
-    assert out["saturated"] is False
+    assert out["saturated"] is False and out["stretch"] is None

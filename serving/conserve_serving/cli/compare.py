@@ -28,7 +28,7 @@ from conserve_serving.cli.lab_options import (
     lab_errors,
     lab_options,
 )
-from conserve_serving.cli.lab_tables import comparison, goodput_table, plain_console
+from conserve_serving.cli.lab_tables import comparison, goodput_table, place_title, plain_console
 from conserve_serving.cli.params import FiniteRange
 from conserve_serving.lab.cell import Cell
 from conserve_serving.lab.contenders import Contender
@@ -60,8 +60,8 @@ _AT_LEAST_ONE = click.IntRange(min=1)
 @click.option(
     "--goodput",
     type=CommaList(click.Choice([str(target) for target in Target])),
-    help="Search the highest rate that keeps this: stable (capacity), ttfet, "
-    "ttfet_without_gaps, any.",
+    help="Search the highest rate that is completed (capacity), or at which at most 5 % miss "
+    "the SLO of ttfet, of ttfet_without_gaps, of any.",
 )
 @click.option(
     "--seeds",
@@ -123,6 +123,7 @@ def compare(
         raise click.UsageError("--resume needs --out: the file to go on with.")
     if out is not None and not out.absolute().parent.is_dir():
         raise click.UsageError(f"{out}: its folder does not exist. Make it first.")
+    said = Console(stderr=True)
     with lab_errors():
         setup = Setup.read(options)
         contenders = find_contenders(policies)
@@ -138,10 +139,18 @@ def compare(
             reference=setup.reference,
             warmup_share=setup.warmup_share,
         )
-        runner = _Runner(Results(out, resume=resume), jobs, show_progress=progress)
+        results = Results(out, resume=resume)
+        if stale := results.from_other_code:
+            said.print(
+                f"warning: {stale} of {len(results.rows)} rows in {out} come from another version "
+                "of the code. Give another --out to run them again.",
+                style="yellow",
+                soft_wrap=True,
+            )
+        runner = _Runner(results, jobs, show_progress=progress)
         with runner.bar:
             tables = _run(grid, runner, rates_of_capacity or (), goodput or (), chosen)
-    console, said = plain_console(), Console(stderr=True)
+    console = plain_console()
     for table in tables:
         console.print(table)
     if seeds < _ENOUGH_SEEDS or (setup.workload.conversations or 0) < _ENOUGH_CONVERSATIONS:
@@ -226,14 +235,14 @@ def _run(
     tables: list[Any] = []
     wanted = dict.fromkeys(Target(name) for name in targets)
     if shares:
-        wanted[Target.STABLE] = None
+        wanted[Target.CAPACITY] = None
     base = replace(grid, rates_per_s=(1.0,)).cells()
     cells = grid.cells()
     for target in wanted:
         searches = _search(base, target, runner)
         if str(target) in targets:
             tables += _goodput_tables(base, searches, target, baseline)
-        if target is Target.STABLE:
+        if target is Target.CAPACITY:
             cells += _at_shares(base, searches, shares)
     if cells:
         rows = runner.run(cells, runner.begin("comparing", len({cell.key for cell in cells})))
@@ -268,15 +277,12 @@ def _goodput_tables(
     """A table for each cluster, link and interference."""
     places: dict[str, dict[str, list[float | None]]] = {}
     for cell, found in zip(base, searches, strict=True):
-        link = f", link {cell.link}" if cell.link else ""
-        place = f"{cell.cluster.name}{link}, interference +{100 * (cell.mixed_slowdown - 1):g} %"
+        place = place_title(cell.cluster.name, cell.link, cell.mixed_slowdown)
         by_label = places.setdefault(place, {})
         by_label.setdefault(cell.contender.label, []).append(found.rate_per_s)
     tables = []
     for place, found_by_label in places.items():
-        table = goodput_table(found_by_label, target, baseline=baseline)
-        table.title = f"{place}: {table.title}"
-        tables += [table, ""]
+        tables += [goodput_table(found_by_label, target, place=place, baseline=baseline), ""]
     return tables
 
 

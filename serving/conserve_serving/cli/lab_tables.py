@@ -168,8 +168,8 @@ def _notes(row: Row) -> list[str]:
     notes = []
     if row["saturated"]:
         notes.append(
-            f"saturated: of every 100 conversations that arrived, {100 * row['backlog_growth']:.0f}"
-            " more were open at the end. Latencies depend on how long the run was."
+            f"saturated: conversations were completed {row['stretch']:.2f} times as slowly as they "
+            "arrived. Latencies depend on how long the run was."
         )
     if row["conversations_incomplete"]:
         notes.append(
@@ -236,19 +236,22 @@ def comparison(rows: Sequence[Row], *, baseline: str) -> Iterable[RenderableType
         yield Text()
 
 
+def place_title(cluster: str, link: str | None, mixed_slowdown: float) -> str:
+    """Where contenders meet, in words."""
+    over = f", link {link}" if link else ""
+    return f"{cluster}{over}, interference +{100 * (mixed_slowdown - 1):g} %"
+
+
 def _point_table(
     point: tuple[Any, ...], contenders: Mapping[str, Mapping[int, Row]], baseline: str
-) -> Table:
+) -> RenderableType:
     cluster, link, slowdown, by_rate, load = point
     seeds = max(map(len, contenders.values()))
-    title = f"{cluster}{f', link {link}' if link else ''}, interference +{100 * (slowdown - 1):g} %"
+    title = place_title(cluster, link, slowdown)
     title += (
         f", {load:g} conversations/s" if by_rate else f", {100 * load:g} % of each one's capacity"
     )
     table = _table("", *(figure.title for figure in FIGURES), "KV\ntransfers")
-    table.title = f"{title} ({seeds} seed{'s' * (seeds != 1)})"
-    table.title_justify = "left"
-    table.title_style = "bold"
     for label, by_seed in contenders.items():
         runs = list(by_seed.values())
         name = Text(label)
@@ -264,7 +267,7 @@ def _point_table(
             *(_compared(figure, by_seed, others) for figure in FIGURES),
             format_number(round(math.fsum(moved) / len(moved), 3)),
         )
-    return table
+    return Group(Text(f"{title} ({seeds} seed{'s' * (seeds != 1)})", style="bold"), table)
 
 
 def _compared(figure: Figure, ours: Mapping[int, Row], theirs: Mapping[int, Row]) -> Text:
@@ -283,23 +286,23 @@ def _compared(figure: Figure, ours: Mapping[int, Row], theirs: Mapping[int, Row]
 
 
 def goodput_table(
-    found: Mapping[str, Sequence[float | None]], target: Target, *, baseline: str
-) -> Table:
+    found: Mapping[str, Sequence[float | None]], target: Target, *, place: str, baseline: str
+) -> RenderableType:
     """What each contender carries.
 
     Args:
         found: rates by contender, one for each seed in the same order; None where a run failed.
-        target: what was kept.
+        target: which highest rate.
+        place: cluster, link and interference, as the title says them.
         baseline: label of the contender that the others are compared with.
     """
     titles = {
-        Target.STABLE: "capacity: the backlog does not grow",
+        Target.CAPACITY: "capacity: completed under overload",
         Target.TTFET: "goodput: at most 5 % miss the TTFET SLO",
         Target.TTFET_WITHOUT_GAPS: "goodput: at most 5 % miss the TTFET SLO, gaps left out",
         Target.ANY: "goodput: at most 5 % miss any SLO",
     }
     table = _table("", "conversations/s", f"against {baseline}")
-    table.title, table.title_justify, table.title_style = titles[target], "left", "bold"
     for label, rates in found.items():
         known = [rate for rate in rates if rate is not None]
         value = _interval(mean(known), format_number) if known else "–"
@@ -314,7 +317,7 @@ def goodput_table(
             said = verdict(compared, higher_is_better=True)
             change = Text(_change(compared), style=_STYLE.get(said, "dim"))
         table.add_row(label, value, change)
-    return table
+    return Group(Text(f"{place}, {titles[target]}", style="bold"), table)
 
 
 def _interval(of: Estimate, say: Callable[[float], str]) -> str:

@@ -6,6 +6,9 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, Final
 
 import msgspec
@@ -32,8 +35,10 @@ from conserve_serving.simulator import (
     VirtualCluster,
 )
 
+#: Folders that no figure depends on.
+_OTHER_CODE: Final = frozenset({"__pycache__", "emulated", "report", "sglang", "templates"})
 #: Written into every row; raised when a figure's meaning changes.
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +97,27 @@ def cell_from_json(data: Any) -> Cell:
         raise LabError(f"this is no cell: {error}") from error
 
 
+@cache
+def code_hash() -> str:
+    """Names the code that figures depend on: scheduler, engines, simulator, workloads, figures."""
+    root = resources.files("conserve_serving")
+    digest = hashlib.sha256()
+    for package in ("core", "engines", "lab", "replay", "simulator"):
+        for name, data in sorted(_sources(root / package, package)):
+            digest.update(name.encode() + b"\0" + data)
+    return digest.hexdigest()[:12]
+
+
+def _sources(folder: Traversable, name: str) -> Iterator[tuple[str, bytes]]:
+    for entry in folder.iterdir():
+        path = f"{name}/{entry.name}"
+        if entry.is_dir():
+            if entry.name not in _OTHER_CODE:
+                yield from _sources(entry, path)
+        elif entry.name.endswith((".py", ".json", ".toml")):
+            yield path, entry.read_bytes()
+
+
 def run_cell(cell: Cell, *, on_progress: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Run one cell.
 
@@ -135,6 +161,7 @@ def run_cell(cell: Cell, *, on_progress: Callable[[int], None] | None = None) ->
     summary = cluster.run()
     row: dict[str, Any] = {
         "format": FORMAT,
+        "code": code_hash(),
         "key": cell.key,
         "cell": cell.to_json(),
         "workload": {

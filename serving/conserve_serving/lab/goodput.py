@@ -1,6 +1,10 @@
 """The highest rate that a contender carries: its capacity, and its goodput at the SLO.
 
-Found seed by seed: under one seed every rate meets the same conversations in the same pattern of
+**Capacity** is what it completes a second while more arrives than it can complete. Figures change
+little with how much more: one overloaded run for each seed says it.
+
+**Goodput** is the highest rate at which no more than 5 % of conversations miss the SLO. It is found
+seed by seed: under one seed every rate meets the same conversations in the same pattern of
 arrivals, only closer together (common random numbers), so the answer of a search is a figure of
 that seed, and two contenders' figures can be paired. Whether a rate is carried is assumed to change
 once, from yes to no, as the rate rises; a run is noisy and may change twice within a few per cent,
@@ -13,7 +17,7 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from conserve_serving.lab.cell import Cell
 
@@ -24,78 +28,132 @@ MISSES: Final = 0.05
 #: A search ends when the rates that pass and fail are this close.
 TOLERANCE: Final = 0.02
 #: Rates this many times below or above the first one are not tried.
-_REACH: Final = 256.0
+REACH: Final = 256.0
+#: Completions that take so many times as long as arrivals are capacity's, and not the arrivals'.
+OVERLOAD: Final = 1.25
 
 
 class Target(enum.StrEnum):
-    """What a rate has to keep.
+    """Which highest rate.
 
-    ``stable``: the backlog does not grow without end (capacity). ``ttfet`` (the studies' ``Gf``)
-    and ``ttfet_without_gaps``: at most 5 % of conversations miss the TTFET SLO. ``any``
-    (``Gany``): at most 5 % miss any of TTFET, first-turn TTFT, last-turn TBT and E2E.
+    ``capacity``: see above. The others are goodputs, at which at most 5 % of conversations miss the
+    SLO: of TTFET (``ttfet``, the studies' ``Gf``; ``ttfet_without_gaps``), or of any of TTFET,
+    first-turn TTFT, last-turn TBT and E2E (``any``, ``Gany``).
     """
 
-    STABLE = "stable"
+    CAPACITY = "capacity"
     TTFET = "ttfet"
     TTFET_WITHOUT_GAPS = "ttfet_without_gaps"
     ANY = "any"
 
-    def kept(self, row: Row) -> bool:
-        """Whether the run kept it."""
-        if self is Target.STABLE:
-            return not row["saturated"] and not row["conversations_incomplete"]
-        met = row["slo"]["all" if self is Target.ANY else self.value]
-        return met is not None and met >= 1.0 - MISSES
+
+class Search(Protocol):
+    """One search: ask ``next_rate``, run it, ``tell`` the row; until ``next_rate`` is None."""
+
+    error: str | None
+    tried: list[float]
+
+    @property
+    def next_rate(self) -> float | None:
+        """What to run next; None: the search is over."""
+
+    @property
+    def rate_per_s(self) -> float | None:
+        """The answer; None: there is none, because a run failed or was interrupted (``error``)."""
+
+    def tell(self, rate_per_s: float, row: Row) -> None:
+        """What came of a rate."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Search:
-    """Bracketing, then bisection on a logarithmic scale. Ask ``next_rate``, then ``tell``.
+class CapacitySearch:
+    """Doubles the rate until completions take much longer than arrivals: then they are capacity.
 
     Attributes:
         start_per_s: the first rate.
-        tolerance: see :data:`TOLERANCE`.
-        passed_per_s, failed_per_s: highest that passed, lowest that failed; None: none yet.
-        tried: every rate with what came of it, in order.
-        error: why there is no answer: a run failed.
+        tried: every rate, in order.
     """
 
+    start_per_s: float
+    tried: list[float] = field(default_factory=list)
+    error: str | None = None
+    _answer: float | None = None
+
+    @property
+    def next_rate(self) -> float | None:
+        """What to run next."""
+        if self._answer is not None or self.error is not None:
+            return None
+        return self.tried[-1] * 2 if self.tried else self.start_per_s
+
+    @property
+    def rate_per_s(self) -> float | None:
+        """Conversations completed a second, under overload."""
+        return self._answer
+
+    def tell(self, rate_per_s: float, row: Row) -> None:
+        """What came of a rate."""
+        self.tried.append(rate_per_s)
+        stretch = row["stretch"]
+        if row["conversations_incomplete"]:
+            self.error = f"{row['conversations_incomplete']} conversations broke off"
+        elif stretch is None:
+            self.error = "too few conversations to see a rate: give more"
+        elif stretch >= OVERLOAD:
+            self._answer = row["completion_rate_per_s"]
+        elif rate_per_s >= self.start_per_s * REACH:
+            self.error = f"{rate_per_s:g} conversations a second are no overload: give more of them"
+
+
+@dataclass(slots=True, kw_only=True)
+class GoodputSearch:
+    """Bracketing, then bisection on a logarithmic scale.
+
+    Attributes:
+        target: which share has to be met.
+        start_per_s: the first rate.
+        tolerance: relative width at which the search ends.
+        passed_per_s, failed_per_s: highest that passed, lowest that failed; None: none yet.
+        tried: every rate, in order.
+    """
+
+    target: Target
     start_per_s: float
     tolerance: float = TOLERANCE
     passed_per_s: float | None = None
     failed_per_s: float | None = None
-    tried: list[tuple[float, bool]] = field(default_factory=list)
+    tried: list[float] = field(default_factory=list)
     error: str | None = None
 
     @property
     def next_rate(self) -> float | None:
-        """What to try next; None: the search is over."""
+        """What to run next."""
         low, high = self.passed_per_s, self.failed_per_s
         if self.error is not None:
             return None
         if low is None and high is None:
             return self.start_per_s
-        if low is None and high is not None:
-            return None if high * _REACH <= self.start_per_s else high / 2
-        if high is None and low is not None:
-            return None if low >= self.start_per_s * _REACH else low * 2
-        assert low is not None and high is not None  # noqa: S101 - the cases above
+        if low is None:
+            return None if high is None or high * REACH <= self.start_per_s else high / 2
+        if high is None:
+            return None if low >= self.start_per_s * REACH else low * 2
         return None if high <= low * (1.0 + self.tolerance) else math.sqrt(low * high)
-
-    def tell(self, rate_per_s: float, *, passed: bool) -> None:
-        """What came of a rate."""
-        self.tried.append((rate_per_s, passed))
-        if passed:
-            self.passed_per_s = max(rate_per_s, self.passed_per_s or 0.0)
-        else:
-            self.failed_per_s = min(rate_per_s, self.failed_per_s or math.inf)
 
     @property
     def rate_per_s(self) -> float | None:
-        """The answer: the highest rate that passed. 0: even the lowest tried failed; None: a run
-        failed. Where nothing failed it is the highest that was tried (``failed_per_s`` is None).
+        """The highest rate that passed. 0: even the lowest tried failed. Where nothing failed it is
+        the highest that was tried, and ``failed_per_s`` is None.
         """
         return None if self.error is not None else self.passed_per_s or 0.0
+
+    def tell(self, rate_per_s: float, row: Row) -> None:
+        """What came of a rate."""
+        self.tried.append(rate_per_s)
+        met = row["slo"]["all" if self.target is Target.ANY else self.target.value]
+        if met is not None and met >= 1.0 - MISSES:
+            self.passed_per_s = max(rate_per_s, self.passed_per_s or 0.0)
+        else:
+            self.failed_per_s = min(rate_per_s, self.failed_per_s or math.inf)
 
 
 def search(
@@ -107,37 +165,42 @@ def search(
     tolerance: float = TOLERANCE,
     on_round: Callable[[Sequence[Search]], None] | None = None,
 ) -> list[Search]:
-    """The highest rate at which each cell keeps the target.
+    """The highest rate of each cell.
 
     All searches go on side by side, so that each round is as many runs as there are searches.
 
     Args:
         cells: what to search, one for each contender, seed, cluster …; their rates do not matter.
-        target: what has to be kept.
-        run: runs cells and returns their rows in the same order; a row may say that it failed, and
-            rows may be missing when it was interrupted (then so are answers).
+        target: which highest rate.
+        run: runs cells and returns their rows; a row may say that it failed, and rows may be
+            missing when it was interrupted (then so are answers).
         start_per_s: the first rate tried; a good guess saves a few rounds.
-        tolerance: relative width at which a search ends.
+        tolerance: relative width at which a search for goodput ends.
         on_round: told of the searches after each round.
     """
-    searches = [Search(start_per_s=start_per_s, tolerance=tolerance) for _ in cells]
+    searches: list[Search] = [
+        CapacitySearch(start_per_s=start_per_s)
+        if target is Target.CAPACITY
+        else GoodputSearch(target=target, start_per_s=start_per_s, tolerance=tolerance)
+        for _ in cells
+    ]
     while True:
         asked = [
-            (one, cell, rate)
+            (one, at_rate(cell, rate), rate)
             for one, cell in zip(searches, cells, strict=True)
             if (rate := one.next_rate) is not None
         ]
         if not asked:
             return searches
-        rows = {row["key"]: row for row in run([at_rate(cell, rate) for _, cell, rate in asked])}
+        rows = {row["key"]: row for row in run([cell for _, cell, _ in asked])}
         for one, cell, rate in asked:
-            row = rows.get(at_rate(cell, rate).key)
+            row = rows.get(cell.key)
             if row is None:
                 one.error = "interrupted"
             elif "failure" in row:
                 one.error = f"{row['failure']['error']}: {row['failure']['text']}"
             else:
-                one.tell(rate, passed=target.kept(row))
+                one.tell(rate, row)
         if on_round is not None:
             on_round(searches)
 

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from conserve_serving.lab.cell import FORMAT, Cell, run_cell
+from conserve_serving.lab.cell import FORMAT, Cell, code_hash, run_cell
 from conserve_serving.lab.clusters import ClusterSpec
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError, RunError
@@ -102,6 +102,11 @@ class Results:
             self.rows = read_results(path, mend=True)
         with path.open("ab"):
             pass  # it can be written: say so now and not after the first cell
+
+    @property
+    def from_other_code(self) -> int:
+        """Rows of another version of the code; their figures may differ from what it gives now."""
+        return sum(row.get("code") != code_hash() for row in self.rows.values())
 
     def get(self, cell: Cell) -> Row | None:
         """The row of a cell that has run; a failed one is to be run again."""
@@ -250,6 +255,7 @@ def _attempt(cell: Cell, run: Callable[[Cell], Row]) -> Row:
         name = type(error).__name__
     return {
         "format": FORMAT,
+        "code": code_hash(),
         "key": cell.key,
         "cell": cell.to_json(),
         "failure": {"error": name, "text": text},
