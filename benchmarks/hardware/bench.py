@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 from attention import Attention
-from grid import PARTS, Cell
+from grid import CALLS, Cell
 from kv import KvPool, Sequence, kv_tokens_needed, lay_out
 from model import DecoderStack
 from shapes import Shape
@@ -37,7 +37,7 @@ class Bench:
         shape: the model.
         attention: kernels that work here.
         page_tokens: None for contiguous KV.
-        split: attention of prefill and of decode are two calls in a mixed step.
+        calls: mixed steps to run, of `grid.CALLS`.
         graphs: parts replayed as CUDA graphs.
         cells: all that might be run; the pool is made for the largest that fits.
         seed: of weights, KV, ids and layout.
@@ -57,12 +57,12 @@ class Bench:
         device: torch.device,
         dtype: torch.dtype,
         page_tokens: int | None,
-        split: bool,
+        calls: tuple[str, ...],
         graphs: frozenset[str],
         cells: list[Cell],
         seed: int,
     ) -> None:
-        self._attention, self._page, self._split = attention, page_tokens, split
+        self._attention, self._page, self._calls = attention, page_tokens, calls
         self._graphs, self._seed, self._device = graphs, seed, device
         bytes_each = torch.empty((), dtype=dtype).element_size()
         kv_bytes = shape.kv_values_per_token * bytes_each
@@ -103,11 +103,13 @@ class Bench:
         return kv_tokens_needed(_sequences(cell), self._page)
 
     def parts(self, cell: Cell) -> dict[str, Callable[[int], tuple[float, float]]]:
-        """For each part of a cell ``run(n)``, as `grid.take_turns` wants it.
+        """``run(n)``, as `grid.take_turns` wants it, of ``prefill``, ``decode`` and mixed steps.
 
         Those of the cell before must not be used any more.
         """
-        gc.collect()  # graphs of the cell before give their memory back
+        gc.collect()  # the graphs of the cell before
+        if self._device.type == "cuda":  # their memory, which a capture cannot ask for
+            torch.cuda.empty_cache()
         group = lay_out(self._pool, _sequences(cell), seed=self._seed)
         ids = torch.randint(
             self.model.shape.vocab,
@@ -120,9 +122,9 @@ class Bench:
         for name, members, own in (
             ("prefill", slice(0, 1), ids[:chunk]),
             ("decode", slice(1, None), ids[chunk:]),
-            ("mixed", slice(None), ids),
+            *((calls, slice(None), ids) for calls in self._calls),
         ):
-            split = 1 if name == "mixed" and self._split else None
+            split = 1 if name == "two_calls" else None
             batch = self.model.batch(group.of(members), self._attention, own, split=split)
             runs[name] = self._run(partial(self.model.step, batch, self._pool), name)
         return runs
@@ -186,7 +188,7 @@ def _on_host(step: Callable[[], Any], count: int) -> tuple[float, float]:
 
 #: What may be captured.
 GRAPHS: Final = {
-    "all": frozenset(PARTS),
+    "all": frozenset({"prefill", "decode", *CALLS}),
     "decode": frozenset({"decode"}),
     "none": frozenset(),
 }

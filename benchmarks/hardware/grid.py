@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Final
 
-#: The three steps of a cell.
-PARTS: Final = ("prefill", "decode", "mixed")
+#: How attention of a mixed step is computed: prompt and decode in one call, as SGLang does, or one
+#: call for each. What a kernel loses in the first, a better one may not: the two are a band.
+CALLS: Final = ("one_call", "two_calls")
 _RESAMPLES: Final = 1000
 
 

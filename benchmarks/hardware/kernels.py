@@ -95,9 +95,10 @@ class FlashInfer:
     def __init__(self, module: Any = None) -> None:
         if module is None:
             try:
-                import flashinfer as module  # noqa: PLC0415 - not on every machine
+                import flashinfer  # noqa: PLC0415 - not on every machine
             except ImportError as error:
                 raise AttentionError("not installed") from error
+            module = flashinfer
         self._module = module
         self.name = f"flashinfer {module.__version__}"
 
@@ -156,18 +157,20 @@ def torch_varlen(function: Any = None) -> Varlen:
             raise AttentionError(f"torch {torch.__version__} has no varlen_attn") from error
         function = varlen_attn
     names = inspect.signature(function).parameters
-    more: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {}
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {}
     if "is_causal" in names:
-        more = {"is_causal": True}
-    if "enable_gqa" in names:
-        more["enable_gqa"] = True
+        causal = {"is_causal": True}
+    gqa = {"enable_gqa": True} if "enable_gqa" in names else {}
 
     def call(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
+        # One query sees all of its KV: told so, the kernel takes a group's heads together and
+        # splits the KV over the GPU.
+        how = causal if lengths.max_q > 1 else {}
         paged = {}
         if lengths.pages is not None:
             paged = {"seqused_k": lengths.used_k, "block_table": lengths.pages}
         return function(
-            q, k, v, lengths.cu_q, lengths.cu_k, lengths.max_q, lengths.max_k, **more, **paged
+            q, k, v, lengths.cu_q, lengths.cu_k, lengths.max_q, lengths.max_k, **how, **gqa, **paged
         )
 
     return Varlen(f"torch-varlen {torch.__version__}", call, pages="block_table" in names)
@@ -193,7 +196,7 @@ def flash_attn() -> Varlen:
             lengths.cu_k,
             lengths.max_q,
             lengths.max_k,
-            causal=True,
+            causal=lengths.max_q > 1,
             block_table=lengths.pages,
         )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from grid import CALLS
 from result import ResultError, read_result
 from shapes import SHAPES
 
@@ -68,8 +69,12 @@ class Made:
         )
 
 
-def make_table(result: dict[str, Any]) -> Made:
+def make_table(result: dict[str, Any], calls: str = CALLS[0]) -> Made:
     """The table of a result.
+
+    Args:
+        result: of ``measure.py``, whole.
+        calls: the mixed steps that it is of.
 
     Cells that differ only in the prefix before the chunk become one, their median: the engine
     model does not tell them apart. A place without a cell (no room for so much KV, no time) gets
@@ -77,12 +82,14 @@ def make_table(result: dict[str, Any]) -> Made:
     places is left out.
 
     Raises:
-        ResultError: nothing was measured, or so little that there is no grid.
+        ResultError: nothing was measured.
     """
     at: dict[tuple[int, ...], list[float]] = defaultdict(list)
     widest = 0.0
     for entry in result["cells"]:
-        seen = entry["slowdown"]
+        seen = entry["slowdown"].get(calls)
+        if seen is None:
+            raise ResultError(f"attention was not measured in {calls}: see --mixed-attention")
         at[tuple(entry["cell"][axis] for axis in _AXES)].append(seen["median"])
         widest = max(widest, (seen["high"] - seen["low"]) / 2)
     if not at:
@@ -107,7 +114,7 @@ def make_table(result: dict[str, Any]) -> Made:
                 row.append(round(value, 4))
             rows.append(tuple(row))
         planes.append(tuple(rows))
-    changes = [abs(entry["over_first"]["slowdown"] - 1.0) for entry in result["repeats"]]
+    changes = [abs(entry["over_first"]["slowdown"][calls] - 1.0) for entry in result["repeats"]]
     return Made(
         table=MixedTable(
             chunk_tokens=tuple(kept),
@@ -181,7 +188,11 @@ def _fit_line(points: Sequence[tuple[int, float]], h: float) -> tuple[float, flo
 
 
 def into_profile(
-    result: dict[str, Any], profile: HardwareProfile, *, power: bool = False
+    result: dict[str, Any],
+    profile: HardwareProfile,
+    *,
+    calls: str = CALLS[0],
+    power: bool = False,
 ) -> HardwareProfile:
     """The profile with what was measured in place of what was assumed.
 
@@ -190,6 +201,7 @@ def into_profile(
     Args:
         result: of ``measure.py``, whole.
         profile: of the same GPU, model and tensor parallelism.
+        calls: the mixed steps that the table is of.
         power: replace the power model as well. Its band is then the usual quarter less and more:
             one board on one day says nothing of others.
 
@@ -197,11 +209,13 @@ def into_profile(
         ResultError: it was measured on something else; the message says what differs.
     """
     _must_match(result["config"], profile)
-    made = make_table(result)
+    made = make_table(result, calls)
     parts = dict(profile.parts)
     where = _where(result)
     parts["mixed"] = Part(
-        confidence=Confidence.MEASURED, source=f"{where}; {made.in_words()}; docs/hardware.md"
+        confidence=Confidence.MEASURED,
+        source=f"{where}, attention of mixed steps in {calls.replace('_', ' ')}; "
+        f"{made.in_words()}; docs/hardware.md",
     )
     changes: dict[str, Any] = {"mixed": made.table, "mixed_slowdown": 1.0}
     if power:
@@ -243,8 +257,8 @@ def _where(result: dict[str, Any]) -> str:
         f"benchmarks/hardware at {_all(s['git'] for s in sessions)}, "
         f"{_all(s['date'][:10] for s in sessions)}, {config['name']}, driver "
         f"{_all((s['board'] or {}).get('driver') for s in sessions)}, torch {config['torch']}, "
-        f"{config['attention']}, attention of mixed steps in {config['mixed_attention']}, "
-        f"{config['dtype']}, {config['kv']} KV, CUDA graphs: {graphs}, random weights, no SGLang"
+        f"{config['attention']}, {config['dtype']}, {config['kv']} KV, "
+        f"CUDA graphs: {graphs}, random weights, no SGLang"
     )
 
 
@@ -277,24 +291,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("result", type=Path, help="written by measure.py")
     parser.add_argument("--profile", help="name of the profile that gets the table")
+    parser.add_argument(
+        "--mixed-attention", choices=CALLS, help="of which mixed steps (default: the first there)"
+    )
     parser.add_argument("--power", action="store_true", help="its power as well")
     parser.add_argument("--out", type=Path, help="where that profile is written")
     options = parser.parse_args(argv)
     result = read_result(options.result)
-    print(show(make_table(result)))
+    there = result["config"]["mixed_attention"]
+    for calls in there:
+        print(f"attention of mixed steps in {calls.replace('_', ' ')}: ", end="")
+        print(show(make_table(result, calls)) + "\n")
     if options.power or options.profile is None:
         try:
-            print(f"\npower: {fit_power(result, 1)}")
+            print(f"power: {fit_power(result, 1)}")
         except ResultError as error:
-            print(f"\nno power model: {error}")
+            print(f"no power model: {error}")
     if options.profile is None:
         return
     if options.out is None:
         parser.error("--profile needs --out")
-    profile = into_profile(result, load_profile(options.profile), power=options.power)
+    profile = into_profile(
+        result,
+        load_profile(options.profile),
+        calls=options.mixed_attention or there[0],
+        power=options.power,
+    )
     text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
     options.out.write_bytes(text + b"\n")
-    print(f"\nwritten: {options.out}")
+    print(f"written: {options.out}")
 
 
 if __name__ == "__main__":

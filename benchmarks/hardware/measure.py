@@ -35,10 +35,10 @@ except ImportError:
     )
 
 import machine
-from attention import Attention, AttentionError
+from attention import AttentionError
 from bench import DTYPES, GRAPHS, Bench, BenchError
 from board import Board, PowerError, PowerWatch, watch_board
-from grid import ordered
+from grid import CALLS, ordered
 from kernels import choose
 from options import chosen_shape, parse
 from result import Result, ResultError, read_result
@@ -91,7 +91,9 @@ def _measure(options: argparse.Namespace, stack: ExitStack, say: Say) -> Result 
         options.attention, shape, page_tokens=page, dtype=dtype, device=device
     )
     notes += [f"attention passed over: {why}" for why in passed]
-    split = options.mixed_attention == "split" or not attention.packs
+    calls = CALLS if options.mixed_attention == "both" else (options.mixed_attention,)
+    if not attention.packs:
+        calls = ("two_calls",)
     graphs = GRAPHS[options.graphs] if on_gpu else frozenset()
     config = {
         "device": device.type,
@@ -99,7 +101,8 @@ def _measure(options: argparse.Namespace, stack: ExitStack, say: Say) -> Result 
         "torch": torch.__version__,
         "shape": asdict(shape),
         "dtype": str(dtype).removeprefix("torch."),
-        **_attention_facts(attention, split),
+        "attention": attention.name,
+        "mixed_attention": list(calls),
         "kv": options.kv,
         "page_tokens": page,
         "graphs": sorted(graphs),
@@ -118,7 +121,7 @@ def _measure(options: argparse.Namespace, stack: ExitStack, say: Say) -> Result 
         device=device,
         dtype=dtype,
         page_tokens=page,
-        split=split,
+        calls=calls,
         graphs=graphs,
         cells=[cell for _, cell in cells],
         seed=options.seed,
@@ -144,13 +147,6 @@ def _measure(options: argparse.Namespace, stack: ExitStack, say: Say) -> Result 
     ).run([(level, cell) for level, cell in cells if bench.fits(cell)])
     result.save()
     return result
-
-
-def _attention_facts(attention: Attention, split: bool) -> dict[str, str]:
-    return {
-        "attention": attention.name,
-        "mixed_attention": "two calls" if split else "one call",
-    }
 
 
 def _wants_bare(options: argparse.Namespace) -> bool:

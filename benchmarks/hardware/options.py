@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import DTYPES, GRAPHS
-from grid import Axes
+from grid import CALLS, Axes
 from kernels import KINDS
 from shapes import SHAPES, Shape
 
@@ -48,9 +48,9 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     add("--page-tokens", type=int, default=256, help="with --kv paged")
     add(
         "--mixed-attention",
-        choices=("packed", "split"),
-        default="packed",
-        help="of a mixed step: one call as in SGLang, or one for the prompt and one for decode",
+        choices=("both", *CALLS),
+        default="both",
+        help="of a mixed step: one call as in SGLang, one each for prompt and decode, or both",
     )
     add(
         "--graphs",

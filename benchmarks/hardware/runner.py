@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from bench import Bench
 from board import Board, PowerError, PowerWatch
-from grid import PARTS, Cell, middle, slowdown, take_turns
+from grid import CALLS, Cell, middle, slowdown, take_turns
 from result import Result
 
 #: A stretch of work between two looks at the clock.
@@ -92,14 +92,14 @@ class Measurement:
                 self._note(f"out of memory: {cell.as_dict()}")
                 continue
             self._result.add("cells", entry)
-            seen = entry["slowdown"]
+            times = (f"{k} {statistics.median(v['ms']):.3f}" for k, v in entry["parts"].items())
+            slower = (
+                f"{v['median']:.3f} ({v['low']:.3f}–{v['high']:.3f})"
+                for v in entry["slowdown"].values()
+            )
             self._say(
-                f"chunk {cell.chunk_tokens:5d} on {cell.prefix_tokens:5d}  batch {cell.batch:4d} × "
-                f"{cell.ctx_tokens:6d}  "
-                + "  ".join(
-                    f"{part} {statistics.median(entry['parts'][part]['ms']):8.3f}" for part in PARTS
-                )
-                + f" ms  slowdown {seen['median']:.3f} ({seen['low']:.3f}–{seen['high']:.3f})"
+                f"chunk {cell.chunk_tokens:5d} on {cell.prefix_tokens:5d}, batch {cell.batch:4d} × "
+                f"{cell.ctx_tokens:6d}: {', '.join(times)} ms; slowdown {', '.join(slower)}"
             )
         return []
 
@@ -125,7 +125,11 @@ class Measurement:
             "cell": cell.as_dict(),
             "session": self._session,
             "parts": parts,
-            "slowdown": slowdown(*(parts[part]["ms"] for part in PARTS)),
+            "slowdown": {
+                calls: slowdown(*(parts[name]["ms"] for name in ("prefill", "decode", calls)))
+                for calls in CALLS
+                if calls in parts
+            },
             "board": {"before": before, "after": after},
         }
 
@@ -139,15 +143,19 @@ class Measurement:
                 return
             entry = self._cell(Cell(**first["cell"]))
             ratio = {
-                part: statistics.median(entry["parts"][part]["ms"])
-                / statistics.median(first["parts"][part]["ms"])
-                for part in PARTS
+                name: statistics.median(part["ms"]) / statistics.median(first["parts"][name]["ms"])
+                for name, part in entry["parts"].items()
             }
-            ratio["slowdown"] = entry["slowdown"]["median"] / first["slowdown"]["median"]
-            self._result.add("repeats", {**entry, "over_first": ratio})
+            slower = {
+                calls: seen["median"] / first["slowdown"][calls]["median"]
+                for calls, seen in entry["slowdown"].items()
+            }
+            self._result.add("repeats", {**entry, "over_first": {**ratio, "slowdown": slower}})
             self._say(
                 f"again: chunk {first['cell']['chunk_tokens']}, batch {first['cell']['batch']}: "
                 + ", ".join(f"{name} × {value:.3f}" for name, value in ratio.items())
+                + "; slowdown × "
+                + ", ".join(f"{value:.3f}" for value in slower.values())
             )
 
     # --- power -------------------------------------------------------------------------------
@@ -184,7 +192,10 @@ class Measurement:
         if cell is None:
             seen = watch.over(self._idle, warm_s=SETTLE_S, measure_s=self._options.power_s)
         else:
-            run = self._bench.parts(cell)[state]
+            parts = self._bench.parts(cell)
+            run = parts[next(calls for calls in CALLS if calls in parts)]
+            if state != "mixed":
+                run = parts[state]
             run(2)
             each_s = run(1)[0] / 1e3
             count = max(1, round(_STRETCH_S / each_s))

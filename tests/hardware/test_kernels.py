@@ -180,7 +180,7 @@ def test_torchs_varlen_is_called_by_its_signature() -> None:
         return q
 
     old = torch_varlen(as_in_2_10)
-    lengths = SimpleNamespace(cu_q=0, cu_k=0, used_k=1, pages=None, max_q=1, max_k=1)
+    lengths = SimpleNamespace(cu_q=0, cu_k=0, used_k=1, pages=None, max_q=2, max_k=3)
     old._call(torch.zeros(1), None, None, lengths)
     assert calls == [{"is_causal": True}]
     assert not old._pages
@@ -198,3 +198,6 @@ def test_torchs_varlen_is_called_by_its_signature() -> None:
     lengths.pages = "table"
     new._call(torch.zeros(1), None, None, lengths)
     assert calls[-1] == {"window_size": (-1, 0), "gqa": True, "pages": "table"}
+    lengths.max_q = 1  # decode alone: the kernel need not look for what is hidden
+    new._call(torch.zeros(1), None, None, lengths)
+    assert calls[-1] == {"window_size": (-1, -1), "gqa": True, "pages": "table"}

@@ -36,7 +36,10 @@ def entry(chunk: int, batch: int, ctx: int, prefix: int, *, half: float = 0.01) 
             "chunk_tokens": chunk, "batch": batch, "ctx_tokens": ctx, "prefix_tokens": prefix,
         },
         "session": 0,
-        "slowdown": {"median": median, "low": median - half, "high": median + half},
+        "slowdown": {
+            "one_call": {"median": median, "low": median - half, "high": median + half},
+            "two_calls": {"median": 1.0, "low": 0.9, "high": 1.1},
+        },
     }  # fmt: skip
 
 
@@ -62,7 +65,8 @@ def result(
         "format": FORMAT,
         "config": {
             "device": "cuda", "name": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "shape": shape,
-            "dtype": "bfloat16", "attention": "torch-varlen 2.11.0", "mixed_attention": "one call",
+            "dtype": "bfloat16", "attention": "torch-varlen 2.11.0",
+            "mixed_attention": ["one_call", "two_calls"],
             "kv": "contiguous", "page_tokens": None, "graphs": ["decode", "mixed", "prefill"],
             **config,
         },
@@ -71,7 +75,10 @@ def result(
             {"date": "2026-12-01T11:00:00+00:00", "git": None, "board": None},
         ],
         "cells": [entry(*place) for place in places if keep(*place)],
-        "repeats": [{"over_first": {"slowdown": 1.004}}, {"over_first": {"slowdown": 0.993}}],
+        "repeats": [
+            {"over_first": {"slowdown": {"one_call": seen, "two_calls": 1.0}}}
+            for seen in (1.004, 0.993)
+        ],
         "power": power,
         "left_out": [],
     }  # fmt: skip
@@ -101,7 +108,7 @@ def test_the_engine_model_takes_as_long_as_was_measured() -> None:
     assert part.confidence is Confidence.MEASURED
     for words in (
         "NVIDIA H100 80GB HBM3", "driver 580.1", "torch 2.11.0", "abc123", "2026-12-01",
-        "no SGLang", "one call", "random weights",
+        "no SGLang", "in one call", "random weights",
     ):  # fmt: skip
         assert words in part.source
     assert profile.power == H100.power
@@ -120,6 +127,15 @@ def test_a_chunk_with_few_cells_is_left_out() -> None:
     assert made.table.chunk_tokens == (512,)
     assert made.left_out == (2048,)
     assert made.in_words().endswith("chunks left out: 2048")
+
+
+def test_the_other_way_of_computing_mixed_steps_is_a_table_of_its_own() -> None:
+    profile = into_profile(result(), H100, calls="two_calls")
+    assert profile.mixed is not None
+    assert profile.mixed.at(2048, 64, 8192) == 1.0
+    assert "attention of mixed steps in two calls" in profile.parts["mixed"].source
+    with pytest.raises(ResultError, match="attention was not measured in three_calls"):
+        make_table(result(), "three_calls")
 
 
 def test_an_empty_result_is_no_table() -> None:
