@@ -201,6 +201,8 @@ class Placer:
         best = self._first_with_room(turn, islice(self._hosts, _SCAN_FIRST), exclude, new=new)
         if best is not None and best[0].free_tokens >= best[1] and best[0].id != turn.avoid:
             return best
+        if len(self._hosts) <= _SCAN_FIRST:
+            return best  # there are no others
         home = turn.conversation.home
         if (home is None or home in exclude) and self.room_tokens() < turn.prompt_tokens:
             return None
