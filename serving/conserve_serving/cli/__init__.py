@@ -27,6 +27,11 @@ COMMANDS = {
     "report": ("report", "report", "A page of load curves and comparisons, from their rows."),
     "workload": ("workload", "workload", "Show what a trace or a generated workload looks like."),
     "explain": ("explain", "explain", "Say why each turn of a conversation was placed there."),
+    "reproduce": (
+        "reproduce",
+        "reproduce",
+        "Ask the paper's claims of this scheduler, in minutes.",
+    ),
     "config": ("config", "config", "Explain every setting, or check a configuration file."),
     "clusters": ("clusters", "clusters", "List clusters to simulate, and what one can carry."),
     "profiles": ("profiles", "profiles", "List hardware profiles, their source and confidence."),
@@ -88,10 +93,11 @@ def run(args: Sequence[str]) -> int:
         click.echo("interrupted", err=True)
         return EXIT_FAILED
     except ModuleNotFoundError as failure:
-        if (failure.name or "").partition(".")[0] in {"conserve_serving", "conserve_agents"}:
+        package = (failure.name or "").partition(".")[0]
+        if package in {"conserve_serving", "conserve_agents"}:
             raise
-        click.echo(f"error: the package {failure.name!r} is not installed", err=True)
-        extra = "lab" if failure.name in {"matplotlib", "numpy"} else "serving"
+        click.echo(f"error: the package {package!r} is not installed", err=True)
+        extra = "lab" if package in {"matplotlib", "numpy"} else "serving"
         click.echo(f"  fix: pip install 'conserve-agents[{extra}]'", err=True)
         return EXIT_FAILED
     return result if isinstance(result, int) else 0

@@ -9,15 +9,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from conserve_serving.cli.lab_options import (
     RATES,
@@ -28,13 +19,14 @@ from conserve_serving.cli.lab_options import (
     lab_errors,
     lab_options,
 )
+from conserve_serving.cli.lab_run import Runner
 from conserve_serving.cli.lab_tables import comparison, goodput_table, place_title, plain_console
 from conserve_serving.cli.params import FiniteRange
 from conserve_serving.lab.cell import Cell
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.goodput import Search, Target, at_rate, search
-from conserve_serving.lab.grid import Grid, Results, Row, failed, run_cells
+from conserve_serving.lab.grid import Grid, Results, failed
 
 #: Fewer are a transient or a draw of luck, and the command says so.
 _ENOUGH_SEEDS = 12
@@ -147,7 +139,7 @@ def compare(
                 style="yellow",
                 soft_wrap=True,
             )
-        runner = _Runner(results, jobs, show_progress=progress)
+        runner = Runner(results, jobs, show_progress=progress)
         with runner.bar:
             tables = _run(grid, runner, rates_of_capacity or (), goodput or (), chosen)
     console = plain_console()
@@ -159,16 +151,7 @@ def compare(
             f"steady state. That needs {_ENOUGH_SEEDS} and {_ENOUGH_CONVERSATIONS:,}.",
             style="yellow",
         )
-    for row in runner.failures.values():
-        cell, failure = row["cell"], row["failure"]
-        said.print(
-            f"failed: {cell['contender']['label']} on {cell['cluster']['name']} at "
-            f"{cell['workload']['rate_per_s']:g}/s, seed {cell['workload']['seed']}: "
-            f"{failure['error']}: {failure['text']}",
-            style="red",
-            markup=False,
-            highlight=False,
-        )
+    runner.say_failures(said)
     if runner.interrupted:
         go_on = (
             "the same command with --resume goes on from here" if out else "give --out to resume"
@@ -180,53 +163,9 @@ def compare(
         raise SystemExit(1)
 
 
-class _Runner:
-    """Runs cells behind one progress bar, and remembers what went wrong."""
-
-    def __init__(self, results: Results, jobs: int | None, *, show_progress: bool) -> None:
-        self._results = results
-        self._jobs = jobs
-        self.failures: dict[str, Row] = {}
-        self.interrupted = False
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("runs ·"),
-            TimeElapsedColumn(),
-            TextColumn("·"),
-            TimeRemainingColumn(),
-            TextColumn("left{task.fields[more]}"),
-            console=Console(stderr=True),
-            disable=not show_progress,
-            transient=True,
-        )
-
-    def begin(self, what: str, cells: int | None) -> TaskID:
-        """A stage of the run."""
-        return self.bar.add_task(what, total=cells, more="")
-
-    def run(self, cells: Sequence[Cell], task: TaskID) -> list[Row]:
-        """The cells' rows, failed ones among them; fewer where it was interrupted."""
-        if self.interrupted:
-            return []
-        there = sum(self._results.get(cell) is not None for cell in cells)
-        self.bar.advance(task, there)
-
-        def on_done(row: Row) -> None:
-            if failed(row):
-                self.failures[row["key"]] = row
-            more = f" · {len(self.failures)} failed" if self.failures else ""
-            self.bar.update(task, advance=1, more=more)
-
-        done = run_cells(cells, results=self._results, jobs=self._jobs, on_done=on_done)
-        self.interrupted = done.interrupted
-        return done.rows
-
-
 def _run(
     grid: Grid,
-    runner: _Runner,
+    runner: Runner,
     shares: Sequence[float],
     targets: Sequence[str],
     baseline: str,
@@ -250,7 +189,7 @@ def _run(
     return tables
 
 
-def _search(base: Sequence[Cell], target: Target, runner: _Runner) -> list[Search]:
+def _search(base: Sequence[Cell], target: Target, runner: Runner) -> list[Search]:
     task = runner.begin(f"searching ({target})", None)
     return search(base, target, lambda cells: runner.run(cells, task))
 

@@ -304,6 +304,7 @@ def workload_name(workload: Mapping[str, Any]) -> str:
         name = PurePath(source).name.split(".")[0]
     parts = [name]
     for key, text in (
+        ("conversations", "{:,} conversations"),
         ("pool_size", "first {:,}"),
         ("max_turns", "≤ {:,} turns"),
         ("max_context_tokens", "≤ {:,} tokens"),
