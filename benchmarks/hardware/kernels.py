@@ -106,7 +106,7 @@ class FlashInfer:
         if group.pages is None or group.page_tokens is None:
             raise AttentionError("takes only pages here: use --kv paged")
         page = group.page_tokens
-        work = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        work = torch.empty(128 << 20, dtype=torch.uint8, device=device)
         pages = _sums([len(own) for own in group.pages], device)
         indices = torch.tensor(
             [place for own in group.pages for place in own], dtype=torch.int32, device=device
