@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from conserve_serving.cli.lab_options import (
 from conserve_serving.cli.lab_run import Runner
 from conserve_serving.cli.lab_tables import comparison, goodput_table, place_title, plain_console
 from conserve_serving.cli.params import FiniteRange
-from conserve_serving.lab.cell import Cell
+from conserve_serving.lab.cell import Cell, run_cell
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.goodput import Search, Target, at_rate, search
@@ -86,7 +86,9 @@ _AT_LEAST_ONE = click.IntRange(min=1)
     help="Append each run's figures here, a line of JSON each.",
 )
 @click.option("--resume", is_flag=True, help="Runs that --out has already are not run again.")
+@click.pass_obj
 def compare(
+    run: Callable[[Cell], Row] | None,  # tests put what runs a cell here
     *,
     policies: tuple[str, ...],
     baseline: str | None,
