@@ -1,4 +1,4 @@
-"""Rows of cells that never ran: plausible figures with noise by seed, for tests of what reads them."""
+"""Rows of cells that never ran: plausible figures with noise by seed, for what reads rows."""
 
 from __future__ import annotations
 

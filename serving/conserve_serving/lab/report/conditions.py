@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import Final
 
 from conserve_serving.engines.profile import PARTS, Confidence
 from conserve_serving.lab.clusters import board_of
@@ -24,9 +27,10 @@ from conserve_serving.lab.report.rows import say_interference, say_rate
 from conserve_serving.lab.stats import CONFIDENCE, MARGIN, RESAMPLES
 from conserve_serving.replay.report import format_number
 
-_FEW_SEEDS = 12
-_FEW_CONVERSATIONS = 1000
-_GRADES = {
+_PACKAGES: Final = ("conserve-agents", "numpy", "matplotlib")
+_FEW_SEEDS: Final = 12
+_FEW_CONVERSATIONS: Final = 1000
+_GRADES: Final = {
     Confidence.MEASURED.value: Tone.GOOD,
     Confidence.ASSUMED.value: Tone.BAD,
 }
@@ -68,24 +72,23 @@ def _count(number: int, noun: str) -> str:
 def section(context: Context, given: Sequence[Condition]) -> Section:
     """Assumptions with their confidence; what was run; who was compared."""
     blocks: list[Block] = [*_warnings(context)]
-    conditions = [*given, *_profiles(context), *_prices(context)]
-    if conditions:
-        blocks.append(
-            Table(
-                caption="What the figures stand on",
-                columns=("assumption", "value", "confidence", "source"),
-                rows=tuple(
-                    (
-                        Cell(one.name),
-                        Cell(one.value),
-                        Cell(one.confidence, _GRADES.get(one.confidence, Tone.PLAIN)),
-                        Cell(one.source),
-                    )
-                    for one in conditions
-                ),
-                texts=frozenset({"assumption", "value", "confidence", "source"}),
-            )
+    conditions = [*given, *_profiles(context), *_prices(context), _versions(context)]
+    blocks.append(
+        Table(
+            caption="What the figures stand on",
+            columns=("assumption", "value", "confidence", "source"),
+            rows=tuple(
+                (
+                    Cell(one.name),
+                    Cell(one.value),
+                    Cell(one.confidence, _GRADES.get(one.confidence, Tone.PLAIN)),
+                    Cell(one.source),
+                )
+                for one in conditions
+            ),
+            texts=frozenset({"assumption", "value", "confidence", "source"}),
         )
+    )
     blocks += [_runs(context), _policies(context)]
     return Section(
         id="conditions",
@@ -164,6 +167,17 @@ def _prices(context: Context) -> Iterator[Condition]:
             confidence=price.confidence,
             source=f"{price.source}; {board.rated_source}",
         )
+
+
+def _versions(context: Context) -> Condition:
+    """Of what made this page; rows name their format alone."""
+    versions = [f"{name} {metadata.version(name)}" for name in _PACKAGES]
+    formats = sorted({str(row.raw.get("format", "?")) for row in context.rows.all})
+    return Condition(
+        name="versions",
+        value=f"{', '.join(versions)}, Python {platform.python_version()}; "
+        f"rows of format {', '.join(formats)}",
+    )
 
 
 def _runs(context: Context) -> Table:

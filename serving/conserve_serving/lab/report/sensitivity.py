@@ -97,6 +97,7 @@ def section(context: Context) -> Section:
         title="Sensitivity",
         help="The same comparison under other assumptions, everything else equal.",
         blocks=tuple(blocks),
+        own_page=True,
     )
 
 

@@ -113,7 +113,7 @@ _RULES: Final[tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
     (re.compile(r'(?<= )(?:d|x|y|transform)="[^"]*"'), lambda m: _rounded(m.group())),
     (re.compile(r"xlink:href"), "href"),
     (re.compile(r"#0000[0-9a-f]{2}"), lambda m: VARIABLES.get(m.group(), m.group())),
-    (re.compile(r"<g(?: id=\"[^\"]*\")?>\s*</g>"), ""),
+    (re.compile(r"<g(?: id=\"[^\"]*\")?(?:/>|>\s*</g>)"), ""),
     (re.compile(r"<defs>\s*</defs>"), ""),
 )
 
