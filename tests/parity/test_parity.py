@@ -209,7 +209,10 @@ async def drive(url: str) -> None:
                     await client.delete(path, cast_to=object)
 
 
-@pytest.mark.parametrize("policy", ["conserve", "collocated", "round_robin"])
+@pytest.mark.parametrize(
+    "policy",
+    ["conserve", "collocated", "round_robin", "full_disaggregation"],
+)
 async def test_gateway_and_simulator_decide_alike(policy: str, tmp_path: Path) -> None:
     served, journal = await over_http(policy, tmp_path)
     simulated = in_virtual_time(policy)
