@@ -26,7 +26,7 @@ from conserve_serving.lab.cell import Cell, run_cell
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.goodput import Search, Target, at_rate, search
-from conserve_serving.lab.grid import Grid, Results, failed
+from conserve_serving.lab.grid import Grid, Results, Row, failed
 
 #: Fewer are a transient or a draw of luck, and the command says so.
 _ENOUGH_SEEDS = 12
@@ -141,7 +141,7 @@ def compare(
                 style="yellow",
                 soft_wrap=True,
             )
-        runner = Runner(results, jobs, show_progress=progress)
+        runner = Runner(results, jobs, show_progress=progress, run=run or run_cell)
         with runner.bar:
             tables = _run(grid, runner, rates_of_capacity or (), goodput or (), chosen)
     console = plain_console()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -15,16 +15,31 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from conserve_serving.lab.cell import Cell
+from conserve_serving.lab.cell import Cell, run_cell
 from conserve_serving.lab.grid import Results, Row, failed, run_cells
 
 
 class Runner:
-    """Runs cells behind one progress bar, and remembers what went wrong."""
+    """Runs cells behind one progress bar, and remembers what went wrong.
 
-    def __init__(self, results: Results, jobs: int | None, *, show_progress: bool) -> None:
+    Args:
+        results: where rows are and go.
+        jobs: processes; None: one for each core.
+        show_progress: whether there is a bar.
+        run: what runs a cell.
+    """
+
+    def __init__(
+        self,
+        results: Results,
+        jobs: int | None,
+        *,
+        show_progress: bool,
+        run: Callable[[Cell], Row] = run_cell,
+    ) -> None:
         self._results = results
         self._jobs = jobs
+        self._run = run
         self.failures: dict[str, Row] = {}
         self.interrupted = False
         self.bar = Progress(
@@ -58,7 +73,9 @@ class Runner:
             more = f" · {len(self.failures)} failed" if self.failures else ""
             self.bar.update(task, advance=1, more=more)
 
-        done = run_cells(cells, results=self._results, jobs=self._jobs, on_done=on_done)
+        done = run_cells(
+            cells, results=self._results, jobs=self._jobs, on_done=on_done, run=self._run
+        )
         self.interrupted = done.interrupted
         return done.rows
 
