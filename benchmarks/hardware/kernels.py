@@ -176,6 +176,22 @@ def torch_varlen(function: Any = None) -> Varlen:
     return Varlen(f"torch-varlen {torch.__version__}", call, pages="block_table" in names)
 
 
+def torch_flash() -> Varlen:
+    """The operator below ``varlen_attn``: in torch since 2.2, private, without pages.
+
+    For versions whose ``varlen_attn`` is missing or wants as many KV heads as query heads.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
+        sizes = (lengths.cu_q, lengths.cu_k, lengths.max_q, lengths.max_k)
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            q, k, v, *sizes, 0.0, lengths.max_q > 1, False
+        )[0]
+        return out
+
+    return Varlen(f"torch-flash {torch.__version__}", call, pages=False)
+
+
 def flash_attn() -> Varlen:
     """The flash-attn package.
 
@@ -208,6 +224,7 @@ KINDS: Final[dict[str, Callable[[], Attention]]] = {
     "flashinfer": FlashInfer,
     "flash-attn": flash_attn,
     "torch-varlen": torch_varlen,
+    "torch-flash": torch_flash,
     "torch-sdpa": Sdpa,
     "reference": Reference,
 }
@@ -243,7 +260,7 @@ def choose(
             apart = _disagreement(kernels, shape, page_tokens, dtype, device)
         except Exception as error:  # noqa: BLE001 -- whatever a kernel says is why it is not used
             lines = str(error).strip().splitlines() or [repr(error)]
-            passed.append(f"{name}: {lines[0][:160]}")
+            passed.append(f"{name}: {lines[0].split('. ')[0][:160]}")
             continue
         if not apart <= _TOLERANCE[dtype]:  # also when it is no number
             passed.append(f"{name}: differs from the reference by {apart:.2g}")

@@ -132,7 +132,12 @@ def test_what_a_kernel_cannot_is_said_with_the_option() -> None:
 def test_on_a_cpu_torchs_own_is_chosen_and_the_others_say_why_not(page_tokens: int | None) -> None:
     chosen, passed = choose("auto", TINY, page_tokens=page_tokens, dtype=torch.float32, device=CPU)
     assert isinstance(chosen, Sdpa)
-    assert [why.split(":")[0] for why in passed] == ["flashinfer", "flash-attn", "torch-varlen"]
+    assert [why.split(":")[0] for why in passed] == [
+        "flashinfer",
+        "flash-attn",
+        "torch-varlen",
+        "torch-flash",
+    ]
 
 
 def choose_among(wanted: str, kinds: dict[str, Any]) -> tuple[Attention, list[str]]:
