@@ -53,7 +53,8 @@ class Dispatcher(Planner):
                 waiting = len(self.waiting)
                 if engine.lost or not waiting:
                     continue
-                candidates = self.waiting.candidates(engine, self.placer.room_tokens(), self.now_s)
+                room_tokens = self.placer.offered_tokens(engine)
+                candidates = self.waiting.candidates(engine, room_tokens, self.now_s)
                 for turn in candidates:
                     if turn.waits_at is engine:  # whose home this was may have none any more
                         self.waiting.settle(turn, self._waiting_place(turn))

@@ -142,6 +142,15 @@ class Placer:
         """The most that could be free on any one engine that takes conversations."""
         return max((e.reachable_tokens() for e in islice(self._roomiest(), 1)), default=0)
 
+    def offered_tokens(self, engine: EngineState) -> float:
+        """The most that a new conversation could get now that there is room on the engine.
+
+        Elsewhere nothing has changed, except where the engine is one that others' prompts wait for.
+        """
+        if not engine.hosts:
+            return self.room_tokens()
+        return engine.reachable_tokens() - self._headroom_tokens(engine)
+
     def waiting_place(self, turn: TurnState) -> EngineState | None:
         """Where a turn whose conversation has no home waits, so that room gathers there: an engine
         with much room already, and few that wait for it."""

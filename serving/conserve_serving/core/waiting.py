@@ -75,12 +75,12 @@ class WaitingRoom:
         if behind is not None:
             behind.pop(turn.id, None)
 
-    def candidates(self, engine: EngineState, room_tokens: int, now_s: float) -> list[TurnState]:
+    def candidates(self, engine: EngineState, room_tokens: float, now_s: float) -> list[TurnState]:
         """Turns worth a try now that the engine has room: its own first, tails before new ones.
 
         Args:
             engine: where room appeared.
-            room_tokens: the most that could be free on any engine.
+            room_tokens: the most that a new conversation could get.
             now_s: tail turns that still wait for room at another home are left alone.
         """
         own = list(islice(engine.waiting.values(), _LOOK))
@@ -99,8 +99,9 @@ class WaitingRoom:
                 found.update(dict.fromkeys(heapq.nsmallest(_TRY, turns, key=_growth_tokens)))
         smallest = self._smallest()
         if smallest and smallest[0].prompt_tokens <= room_tokens:
-            found.update(dict.fromkeys(islice(self._new.values(), _TRY)))
-            found.update(dict.fromkeys(smallest))
+            for turn in (*islice(self._new.values(), _TRY), *smallest):
+                if turn.prompt_tokens <= room_tokens:
+                    found[turn] = None
         return list(found)
 
     def _smallest(self) -> list[TurnState]:
