@@ -89,6 +89,7 @@ _AT_LEAST_ONE = click.IntRange(min=1)
 @click.pass_obj
 def compare(
     run: Callable[[Cell], Row] | None,  # tests put what runs a cell here
+    /,
     *,
     policies: tuple[str, ...],
     baseline: str | None,
