@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from conserve_serving.lab.report import panels
 from conserve_serving.lab.report.context import Context, say, strong, verdict_cell
@@ -27,29 +28,26 @@ from conserve_serving.lab.report.metrics import (
 from conserve_serving.lab.report.panels import Bar
 from conserve_serving.lab.report.rows import Place, say_rate
 
-_SHOWN = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, E2E, TOKENS_PER_J)
+MAX_PLACES: Final = 4
+_SHOWN: Final = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, E2E, TOKENS_PER_J)
 
 
-def section(
-    context: Context, *, rate_per_s: float | None = None, paper: Sequence[PaperValue] = ()
-) -> Section:
-    """One load of the first place, or of those that were run at it.
+def section(context: Context, *, paper: Sequence[PaperValue] = ()) -> Section:
+    """The load to look at closely, of up to ``MAX_PLACES`` places.
 
     Args:
         context: the rows.
-        rate_per_s: which load; None: the highest at which one of ours is not saturated.
-        paper: the paper's figures; those of this load are drawn.
+        paper: the paper's figures; those of this load are drawn at the first place.
     """
     blocks: list[Block] = []
     for place in context.rows.main_places():
-        rate = chosen_rate(context, place) if rate_per_s is None else rate_per_s
-        if rate is None or rate not in context.rows.rates(place):
-            continue
-        blocks.append(_figure(context, place, rate, paper if not blocks else ()))
-        if rate_per_s is None and len(blocks) == 3:
-            break
+        rate = chosen_rate(context, place)
+        asked = context.rate_per_s in {None, rate}
+        if rate is not None and asked and len(blocks) < MAX_PLACES:
+            blocks.append(_figure(context, place, rate, paper if not blocks else ()))
     if not blocks:
-        blocks = [Note(f"No row has the load {rate_per_s} conversations/s.", missing=True)]
+        wanted = "" if context.rate_per_s is None else say_rate(context.rate_per_s)
+        blocks = [Note(f"No row has the load {wanted} conversations/s.", missing=True)]
     return Section(
         id="bars",
         title="At one load",
@@ -60,8 +58,10 @@ def section(
 
 
 def chosen_rate(context: Context, place: Place) -> float | None:
-    """The highest load that one of ours carries; the lowest there is where none does."""
+    """The load that was asked for; else the highest that one of ours carries, or the lowest."""
     rates = context.rows.rates(place)
+    if context.rate_per_s in rates:
+        return context.rate_per_s
     ours = context.ours_at(place) or context.rows.contenders(place)
     carried = [
         rate

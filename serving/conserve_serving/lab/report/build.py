@@ -67,7 +67,8 @@ def render(
             whose policy begins with ``conserve``.
         claims: the paper's claims beside what came out.
         paper: the paper's figures, drawn beside ours in the bars.
-        rate_per_s: the load of the bars and of where the time goes; None: chosen.
+        rate_per_s: the load of the bars, the sensitivities and of where the time goes; None: at
+            each place the highest that one of ours carries.
         capacities: what each cluster's parts can carry; None: counted here, which reads the
             workloads.
         conditions_given: assumptions and circumstances that the rows do not have.
@@ -85,7 +86,7 @@ def render(
         raise LabError(
             f"sections: there is no section {unknown[0]!r}. There are: {', '.join(SECTIONS)}."
         )
-    context = Context.of(Rows(rows), ours)
+    context = Context.of(Rows(rows), ours, rate_per_s=rate_per_s)
     uncounted: dict[str, str] = {}
     if capacities is None and "tiers" in sections:
         capacities, uncounted = carried(context.rows)
@@ -93,11 +94,11 @@ def render(
     made: dict[str, Callable[[], Section]] = {
         "claims": lambda: paperside.section(claims),
         "curves": lambda: curves.section(context),
-        "bars": lambda: atrate.section(context, rate_per_s=rate_per_s, paper=paper),
+        "bars": lambda: atrate.section(context, paper=paper),
         "tiers": lambda: tiers.section(context, capacities or {}, uncounted),
         "losses": lambda: losses.section(context, met),
         "sensitivity": lambda: sensitivity.section(context),
-        "where": lambda: where.section(context, rate_per_s=rate_per_s),
+        "where": lambda: where.section(context),
         "conditions": lambda: conditions.section(context, conditions_given),
     }
     page = [made[name]() for name in SECTIONS if name in sections]

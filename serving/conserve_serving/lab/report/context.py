@@ -34,25 +34,35 @@ class Context:
         rows: all of them.
         ours: labels that are ConServe's, the first of them where one has to stand for all.
         looks: how each contender is drawn.
+        rate_per_s: the load to look at closely, where a place has it; None: chosen there.
     """
 
     rows: Rows
     ours: tuple[str, ...]
     looks: dict[str, Series] = field(repr=False)
+    rate_per_s: float | None = None
 
     @staticmethod
-    def of(rows: Rows, ours: Sequence[str] | None = None) -> Context:
+    def of(
+        rows: Rows, ours: Sequence[str] | None = None, *, rate_per_s: float | None = None
+    ) -> Context:
         """The context of ``rows``.
 
         Args:
             rows: all of them.
             ours: labels that are ConServe's; None: those whose policy begins so.
+            rate_per_s: the load to look at closely.
         """
         labels = rows.contenders()
         if ours is None:
             ours = [label for label in labels if rows.policy(label).startswith("conserve")]
         looks = series([(label, rows.policy(label)) for label in labels])
-        return Context(rows=rows, ours=tuple(o for o in ours if o in labels), looks=looks)
+        return Context(
+            rows=rows,
+            ours=tuple(one for one in ours if one in labels),
+            looks=looks,
+            rate_per_s=rate_per_s,
+        )
 
     def ours_at(self, place: Place) -> list[str]:
         """Those of ours that ran at ``place``."""

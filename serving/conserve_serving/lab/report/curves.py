@@ -47,9 +47,14 @@ def section(context: Context) -> Section:
 
 
 def _chunks(context: Context, place: Place) -> Iterator[list[str]]:
-    ours = context.ours_at(place)
-    others = [label for label in context.rows.contenders(place) if label not in ours]
-    if not others:
+    several = [
+        label
+        for label in context.rows.contenders(place)
+        if len(context.rows.rates(place, label)) > 1
+    ]
+    ours = [label for label in several if label in context.ours]
+    others = [label for label in several if label not in ours]
+    if ours and not others:
         yield ours
     count = -(-len(others) // RIVALS_IN_FIGURE)
     for number in range(count):
@@ -58,6 +63,8 @@ def _chunks(context: Context, place: Place) -> Iterator[list[str]]:
 
 def _figures(context: Context, place: Place) -> Iterator[Figure | Note]:
     chunks = list(_chunks(context, place))
+    drawn_labels = [label for chunk in chunks for label in chunk]
+    once = [label for label in context.rows.contenders(place) if label not in drawn_labels]
     for number, labels in enumerate(chunks, 1):
         drawn = [
             panels.lines(
@@ -80,6 +87,7 @@ def _figures(context: Context, place: Place) -> Iterator[Figure | Note]:
         yield Figure(
             title=f"{place.title}{of}",
             help=f"{place.setting}; {_seeds(context, place)}."
+            + (f" At one load only, so not here: {', '.join(once)}." if once else "")
             + (f" Not in the rows: {', '.join(missing)}." if missing else ""),
             panels=tuple(drawn),
             legend=context.legend(labels),

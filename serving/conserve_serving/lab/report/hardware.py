@@ -23,12 +23,14 @@ class Hardware:
         dollars_per_hour, rated_w: of all boards; None where the package knows no price, no rating
             or no such profile.
         profiles: names, prefill tier first.
+        model: what the engines serve, where the package knows.
     """
 
     title: str
     dollars_per_hour: float | None
     rated_w: float | None
     profiles: tuple[str, ...]
+    model: str | None = None
 
     @property
     def equal(self) -> bool:
@@ -42,10 +44,11 @@ def hardware(context: Context, place: Place) -> Hardware:
     told = cell["cluster"]
     profiles = tuple(str(group["profile"]) for group in told["groups"])
     dollars: float | None = None
+    model: str | None = None
     rated_w: float | None = None
     try:
         spec = msgspec.convert(told, ClusterSpec)
-        dollars, rated_w = spec.dollars_per_hour, spec.rated_w
+        dollars, rated_w, model = spec.dollars_per_hour, spec.rated_w, spec.model
     except (msgspec.ValidationError, ProfileError, LabError):
         pass  # a cluster of somebody else's: its rows are good, its price is not known here
     return Hardware(
@@ -53,6 +56,7 @@ def hardware(context: Context, place: Place) -> Hardware:
         dollars_per_hour=dollars,
         rated_w=rated_w,
         profiles=profiles,
+        model=model,
     )
 
 

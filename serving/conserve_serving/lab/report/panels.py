@@ -16,6 +16,9 @@ from conserve_serving.lab.stats import Estimate
 from conserve_serving.replay.report import format_number
 
 _LABEL_GAP_PX: Final = 11.0
+_CHARACTER_PX: Final = 5.4
+#: More characters of named ticks than this do not stand beside each other.
+_TICKS_IN_LINE: Final = 38
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +58,11 @@ def lines(
         share: values are shares of one.
         ticks: places and names on the x axis, where it has no numbers of its own.
     """
-    with svg.axes(400, 262) as (figure, axes):
-        svg.place(figure, left=44, right=92, top=28, bottom=40)
+    longest = max(len(line.series.short) for line in drawn)
+    slanted = sum(len(name) + 2 for _, name in ticks or ()) > _TICKS_IN_LINE
+    with svg.axes(400, 290 if slanted else 262) as (figure, axes):
+        bottom = 68 if slanted else 40
+        svg.place(figure, left=44, right=20 + _CHARACTER_PX * longest, top=28, bottom=bottom)
         for line in drawn:
             _line(axes, line, over=3 if line.series.ours else 2)
         axes.set_title(title, x=-0.12)
@@ -66,6 +72,9 @@ def lines(
             names = dict(ticks)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: names.get(x, "")))
             axes.margins(x=0.08)
+            if slanted:
+                for text in axes.get_xticklabels():
+                    text.set(rotation=20, ha="right", rotation_mode="anchor")
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -213,8 +222,9 @@ class Bar:
 def bars(drawn: Sequence[Bar], *, title: str, label: str, log: bool, unit: str = "") -> str:
     """Horizontal bars with intervals, and the paper's figures as ticks."""
     height = 46 + 20 * len(drawn)
+    left_px = 16 + 1.15 * _CHARACTER_PX * max(len(bar.name) for bar in drawn)
     with svg.axes(400, height) as (figure, axes):
-        svg.place(figure, left=112, right=46, top=28, bottom=20)
+        svg.place(figure, left=left_px, right=46, top=28, bottom=20)
         values = [bar.value.value for bar in drawn] + [b.tick for b in drawn if b.tick is not None]
         logarithmic = log and min(values) > 0 and max(values) > 12 * min(values)
         left = 0.0
@@ -243,7 +253,8 @@ def bars(drawn: Sequence[Bar], *, title: str, label: str, log: bool, unit: str =
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
         scale = " (log)" if logarithmic else ""
-        axes.set_title(f"{title}{f', {unit}' if unit else ''}{scale}", x=-0.44)
+        heading = f"{title}{f', {unit}' if unit else ''}{scale}"
+        axes.set_title(heading, x=(4 - left_px) / (400 - 46 - left_px))
         return svg.to_svg(figure, label=label)
 
 
@@ -254,11 +265,19 @@ def _bar(axes: Axes, number: int, bar: Bar, *, left: float) -> None:
         value.value - left,
         left=left,
         height=0.62,
-        color=colour("card") if bar.hollow else bar.colour,
-        alpha=1.0 if bar.strong or bar.hollow else 0.72,
-        edgecolor=bar.colour,
-        linewidth=1.2 if bar.hollow else 0.0,
+        color=bar.colour,
+        alpha=0.2 if bar.hollow else 1.0 if bar.strong else 0.72,
     )
+    if bar.hollow:
+        axes.barh(
+            number,
+            value.value - left,
+            left=left,
+            height=0.62,
+            color="none",
+            edgecolor=bar.colour,
+            linewidth=1.2,
+        )
     far = value.value
     if not math.isnan(value.low):
         axes.plot([value.low, value.high], [number, number], color=colour("fg"), linewidth=1.2)
@@ -291,8 +310,9 @@ class Stack:
 
 def stacks(drawn: Sequence[Stack], *, title: str, label: str, unit: str = "s") -> str:
     """Horizontal stacked bars with their sums."""
+    left_px = 16 + 1.15 * _CHARACTER_PX * max(len(stack.name) for stack in drawn)
     with svg.axes(520, 46 + 19 * len(drawn)) as (figure, axes):
-        svg.place(figure, left=122, right=52, top=28, bottom=20)
+        svg.place(figure, left=left_px, right=52, top=28, bottom=20)
         for number, stack in enumerate(drawn):
             left = 0.0
             for value, hue in stack.parts:
@@ -319,7 +339,7 @@ def stacks(drawn: Sequence[Stack], *, title: str, label: str, unit: str = "s") -
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.set_title(title, x=-0.3)
+        axes.set_title(title, x=(4 - left_px) / (520 - 52 - left_px))
         return svg.to_svg(figure, label=label)
 
 

@@ -82,11 +82,10 @@ def section(context: Context) -> Section:
         blocks += figures
         if not figures:
             not_swept.append(axis.name)
-    for place in context.rows.main_places():
-        blocks += _prediction(context, place)
+    blocks += _prediction(context)
     if not any("prediction" in b.title for b in blocks if isinstance(b, Figure)):
         not_swept.append("prediction error")
-    power = [f for place in context.rows.main_places()[:3] for f in _power(context, place)]
+    power = _power(context, context.rows.main_places()[:3])
     blocks += power
     if not power:
         not_swept.append("power model")
@@ -283,15 +282,24 @@ def _ends(
             yield _POWER_NAME, ends
 
 
-def _prediction(context: Context, place: Place) -> Iterator[Figure]:
-    """Per-turn placement under each predictor, beside ours, which needs none."""
-    told = [
-        label
-        for label in context.rows.contenders(place)
-        if context.rows.policy(label).startswith("per_turn")
-    ]
-    rate = chosen_rate(context, place)
-    if len(told) < 2 or rate is None:
+def _prediction(context: Context) -> Iterator[Figure]:
+    """Per-turn placement under each predictor, beside ours, which needs none.
+
+    Where and at which load most of them were run.
+    """
+
+    def told_at(place: Place, rate: float) -> list[str]:
+        return [
+            label
+            for label in context.rows.contenders(place)
+            if context.rows.policy(label).startswith("per_turn")
+            and context.rows.at(place, label, rate)
+        ]
+
+    points = [(p, r) for p in context.rows.main_places() for r in context.rows.rates(p)]
+    place, rate = max(points, key=lambda point: len(told_at(*point)))
+    told = told_at(place, rate)
+    if len(told) < 2:
         return
     labels = [*context.ours_at(place), *told]
     drawn, rows = [], []
@@ -344,62 +352,72 @@ def _prediction(context: Context, place: Place) -> Iterator[Figure]:
         )
 
 
-def _power(context: Context, place: Place) -> Iterator[Figure]:
-    """Tokens per joule under the low, mid and high power model."""
-    rate = chosen_rate(context, place)
-    if rate is None:
-        return
-    bars, rows = [], []
-    ours = context.ours_at(place)
-    for label in sorted(context.rows.contenders(place), key=lambda one: one not in ours):
-        levels = [context.rows.estimate(place, label, rate, metric) for _, metric in _POWER]
-        low, mid, high = levels
-        if low is None or mid is None or high is None:
+def _power(context: Context, places: Sequence[Place]) -> list[Figure]:
+    """Tokens per joule under the low, mid and high power model, a panel for each place."""
+    drawn, rows = [], []
+    for place in places:
+        rate = chosen_rate(context, place)
+        if rate is None:
             continue
-        look = context.looks[label]
-        ends = sorted((low.value, high.value))
-        bars.append(
-            Bar(
-                name=look.short,
-                value=Estimate(value=mid.value, low=ends[0], high=ends[1], n=mid.n),
-                colour=look.colour,
-                strong=look.ours,
-                hollow=is_saturated(context, place, label, rate),
+        bars = []
+        ours = context.ours_at(place)
+        for label in sorted(context.rows.contenders(place), key=lambda one: one not in ours):
+            levels = [context.rows.estimate(place, label, rate, metric) for _, metric in _POWER]
+            low, mid, high = levels
+            if low is None or mid is None or high is None:
+                continue
+            look = context.looks[label]
+            ends = sorted((low.value, high.value))
+            bars.append(
+                Bar(
+                    name=look.short,
+                    value=Estimate(value=mid.value, low=ends[0], high=ends[1], n=mid.n),
+                    colour=look.colour,
+                    strong=look.ours,
+                    hollow=is_saturated(context, place, label, rate),
+                )
             )
-        )
-        rows.append(
-            (
-                strong(label, label in ours),
-                *(Cell(say(level)) for level in levels),
-                *(
-                    verdict_cell(context.against_best(place, label, rate, metric))
-                    if label in ours
-                    else Cell("")
-                    for _, metric in _POWER
-                ),
+            rows.append(
+                (
+                    Cell(place.title, detail=f"at {say_rate(rate)}/s"),
+                    strong(label, label in ours),
+                    *(Cell(say(level)) for level in levels),
+                    *(
+                        verdict_cell(context.against_best(place, label, rate, metric))
+                        if label in ours
+                        else Cell("")
+                        for _, metric in _POWER
+                    ),
+                )
             )
-        )
-    if bars:
-        names = [name for name, _ in _POWER]
-        yield Figure(
-            title=f"Power model: {place.title} at {say_rate(rate)} conversations/s",
+        if bars:
+            drawn.append(
+                panels.bars(
+                    bars,
+                    title=f"{place.cluster} at {say_rate(rate)}/s",
+                    log=False,
+                    label=f"Tokens per joule by power model, {place.title}, {rate:g}/s",
+                )
+            )
+    if not drawn:
+        return []
+    names = [name for name, _ in _POWER]
+    return [
+        Figure(
+            title="Power model: tokens per joule",
             help="The bar is the middle power model; the line goes from one end of its band to the "
             "other (not an interval over seeds). The ends move all policies together: what differs "
             "between policies is in the table.",
-            panels=(
-                panels.bars(
-                    bars,
-                    title="Tokens per joule",
-                    log=False,
-                    label=f"Tokens per joule by power model, {place.title}, {rate:g}/s",
-                ),
-            ),
+            panels=tuple(drawn),
             data=Table(
                 columns=(
+                    "where",
                     "policy",
                     *(f"tokens/J, {name}" for name in names),
                     *(f"against the best other, {name}" for name in names),
                 ),
                 rows=tuple(rows),
+                texts=frozenset({"where", "policy"}),
             ),
         )
+    ]

@@ -102,6 +102,9 @@ _SHORT: Final = (
     ("least_loaded", "least loaded"),
     ("override", "override"),
     ("realistic", "real."),
+    ("dedicated", "ded."),
+    ("hosting", "host."),
+    ("wrong", "%"),
     ("_", " "),
     ("-", " "),
 )

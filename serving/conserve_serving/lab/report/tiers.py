@@ -148,6 +148,7 @@ def _verdicts(context: Context, sites: Sequence[Site], capacities: Capacities) -
         )
         for site in sites
         for ours in context.ours_at(site.place)
+        if any(site.goodputs[ours].values())
     ]
     return Table(
         caption="At equal hardware: win, tie or loss",
@@ -184,7 +185,7 @@ def _goodput_verdict(context: Context, site: Site, ours: str, name: str) -> Cell
     cell = verdict_cell(own.compare(best, rival=rival))
     if best.estimate.value <= 0:
         return Cell(f"nobody else keeps the SLO at the lowest load; {_say(own)}", Tone.GOOD)
-    bound = " or more" if own.open_end else " or less" if best.open_end else ""
+    bound = " or better" if own.open_end else " or worse" if best.open_end else ""
     return Cell(cell.text + bound, cell.tone, cell.detail)
 
 
@@ -251,6 +252,7 @@ def _economy(context: Context, sites: Sequence[Site]) -> Iterator[Table | Note]:
             for other in sites
             if other is not site
             and other.hardware.equal
+            and other.hardware.model == site.hardware.model
             and other.place.workload == site.place.workload
             and other.place.setting.mixed_slowdown == site.place.setting.mixed_slowdown
         ]

@@ -27,18 +27,11 @@ MAX_PLACES: Final = 8
 _SETS: Final = (("all", "all conversations"), ("p95", "those at and beyond the p95"))
 
 
-def section(context: Context, *, rate_per_s: float | None = None) -> Section:
-    """Every place at one load.
-
-    Args:
-        context: the rows.
-        rate_per_s: which load, where a place has it; else the highest that one of ours carries.
-    """
+def section(context: Context) -> Section:
+    """Every place at one load."""
     blocks: list[Block] = []
     for place in context.rows.main_places()[:MAX_PLACES]:
-        rate = rate_per_s
-        if rate is None or rate not in context.rows.rates(place):
-            rate = chosen_rate(context, place)
+        rate = chosen_rate(context, place)
         if rate is not None and (figure := _figure(context, place, rate)) is not None:
             blocks.append(figure)
     if not blocks:
