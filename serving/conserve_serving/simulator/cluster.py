@@ -157,7 +157,8 @@ class VirtualCluster:
         while any(engine.alive and engine.model.step for engine in self._engines.values()):
             agenda.next()  # steps of requests that were abandoned
         summary = self._summary()
-        check_conservation(summary)
+        powers = {e.id: e.spec.profile.power for e in self._engines.values()}
+        check_conservation(summary, powers)
         return summary
 
     def joules(self) -> float:
