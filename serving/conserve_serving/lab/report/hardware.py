@@ -23,6 +23,7 @@ class Hardware:
         dollars_per_hour, rated_w: of all boards; None where the package knows no price, no rating
             or no such profile.
         profiles: names, prefill tier first.
+        equal: both tiers are of one kind, with one power limit.
         model: what the engines serve, where the package knows.
     """
 
@@ -30,12 +31,8 @@ class Hardware:
     dollars_per_hour: float | None
     rated_w: float | None
     profiles: tuple[str, ...]
+    equal: bool
     model: str | None = None
-
-    @property
-    def equal(self) -> bool:
-        """Both tiers are of one kind."""
-        return len(set(self.profiles)) == 1
 
 
 def hardware(context: Context, place: Place) -> Hardware:
@@ -56,6 +53,7 @@ def hardware(context: Context, place: Place) -> Hardware:
         dollars_per_hour=dollars,
         rated_w=rated_w,
         profiles=profiles,
+        equal=len({(group["profile"], group.get("cap_w")) for group in told["groups"]}) == 1,
         model=model,
     )
 

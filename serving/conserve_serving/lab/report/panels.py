@@ -362,56 +362,53 @@ def tornado(
         title, label: as everywhere.
         lower_is_better: of the metric whose difference is shown.
     """
-    with svg.axes(560, 62 + 40 * len(drawn)) as (figure, axes):
-        svg.place(figure, left=20, right=20, top=30, bottom=26)
+    with svg.axes(560, 56 + 26 * len(drawn)) as (figure, axes):
+        left_px = 18 + _CHARACTER_PX * max(len(span.name) for span in drawn)
+        svg.place(figure, left=left_px, right=20, top=30, bottom=26)
         values = [value for span in drawn for value, _ in span.ends] + [base, 0.0]
         low, high = min(values), max(values)
-        room = 0.22 * ((high - low) or 1.0)
+        room = 0.26 * ((high - low) or 1.0)  # for the words beside the bars
         axes.set_xlim(low - room, high + room)
         for number, span in enumerate(drawn):
-            ends = sorted(span.ends)
-            (left, left_text), (right, right_text) = ends[0], ends[-1]
-            for start, stop, side in _sides(left, right):
-                better = (side < 0) == lower_is_better
-                axes.barh(
-                    number + 0.12,
-                    stop - start,
-                    left=start,
-                    height=0.34,
-                    color=colour("good" if better else "bad"),
-                    alpha=0.75,
-                )
-            for value, text, anchor in ((left, left_text, "right"), (right, right_text, "left")):
-                axes.annotate(
-                    text,
-                    xy=(value, number + 0.12),
-                    xytext=(-5 if anchor == "right" else 5, 0),
-                    textcoords="offset points",
-                    ha=anchor,
-                    va="center_baseline",
-                    fontsize=9,
-                    color=colour("soft"),
-                    annotation_clip=False,
-                )
-            axes.annotate(
-                span.name,
-                xy=((left + right) / 2, number - 0.17),
-                ha="center",
-                va="center_baseline",
-                fontsize=9.5,
-                annotation_clip=False,
-            )
+            _span(axes, number, span, lower_is_better=lower_is_better)
         axes.axvline(0, color=colour("fg"), linewidth=1)
         axes.axvline(base, color=colour("accent"), linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.set_ylim(len(drawn) - 0.45, -0.5)
-        axes.set_yticks([])
+        axes.set_ylim(len(drawn) - 0.45, -0.55)
+        axes.set_yticks(range(len(drawn)), [span.name for span in drawn])
         axes.grid(visible=False, axis="y")
         axes.spines[["left", "bottom"]].set_visible(False)
-        axes.tick_params(axis="x", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
+        axes.tick_params(axis="both", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−")))
-        axes.set_title(title, x=-0.02)
+        axes.set_title(title, x=(4 - left_px) / (560 - 20 - left_px))
         return svg.to_svg(figure, label=label)
+
+
+def _span(axes: Axes, number: int, span: Span, *, lower_is_better: bool) -> None:
+    ends = sorted(span.ends)
+    (left, left_text), (right, right_text) = ends[0], ends[-1]
+    for start, stop, side in _sides(left, right):
+        better = (side < 0) == lower_is_better
+        axes.barh(
+            number,
+            stop - start,
+            left=start,
+            height=0.5,
+            color=colour("good" if better else "bad"),
+            alpha=0.75,
+        )
+    for value, text, anchor in ((left, left_text, "right"), (right, right_text, "left")):
+        axes.annotate(
+            text,
+            xy=(value, number),
+            xytext=(-5 if anchor == "right" else 5, 0),
+            textcoords="offset points",
+            ha=anchor,
+            va="center_baseline",
+            fontsize=9,
+            color=colour("soft"),
+            annotation_clip=False,
+        )
 
 
 def _sides(left: float, right: float) -> list[tuple[float, float, int]]:

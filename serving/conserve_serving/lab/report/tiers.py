@@ -133,8 +133,7 @@ def _site(context: Context, place: Place) -> Site:
 def _verdicts(context: Context, sites: Sequence[Site], capacities: Capacities) -> Table:
     rows = [
         (
-            Cell(site.place.cluster, detail=site.hardware.title),
-            Cell(site.place.workload),
+            Cell(site.place.cluster, detail=site.place.workload),
             strong(ours, True),
             *(_goodput_verdict(context, site, ours, name) for name, _, _ in GOODPUTS),
             Cell("–" if site.rate_per_s is None else say_rate(site.rate_per_s)),
@@ -153,8 +152,7 @@ def _verdicts(context: Context, sites: Sequence[Site], capacities: Capacities) -
     return Table(
         caption="At equal hardware: win, tie or loss",
         columns=(
-            "cluster",
-            "workload",
+            "where",
             "policy",
             *(f"{name} (conversations/s)" for name, _, _ in GOODPUTS),
             "load",
@@ -163,7 +161,7 @@ def _verdicts(context: Context, sites: Sequence[Site], capacities: Capacities) -
         ),
         rows=tuple(rows),
         texts=frozenset(
-            {"cluster", "workload", "policy", "why"}
+            {"where", "policy", "why"}
             | {f"{name} (conversations/s)" for name, _, _ in GOODPUTS}
             | {metric.title for metric in _LATENCIES}
         ),
@@ -268,8 +266,7 @@ def _economy(context: Context, sites: Sequence[Site]) -> Iterator[Table | Note]:
                 continue
             rows.append(
                 (
-                    Cell(site.place.cluster, detail=site.hardware.title),
-                    Cell(site.place.workload),
+                    Cell(site.place.cluster, detail=site.place.workload),
                     strong(ours, True),
                     Cell(_say(own)),
                     Cell(_number(site.hardware.dollars_per_hour)),
@@ -286,8 +283,7 @@ def _economy(context: Context, sites: Sequence[Site]) -> Iterator[Table | Note]:
         caption="At equal cost and at equal rated power: Gany, against the best other policy on "
         "any cluster of equal engines in these rows",
         columns=(
-            "cluster",
-            "workload",
+            "where",
             "policy",
             "Gany (conversations/s)",
             "USD an hour",
@@ -298,7 +294,7 @@ def _economy(context: Context, sites: Sequence[Site]) -> Iterator[Table | Note]:
             "at equal power",
         ),
         rows=tuple(rows),
-        texts=frozenset({"cluster", "workload", "policy", "at equal cost", "at equal power"}),
+        texts=frozenset({"where", "policy", "at equal cost", "at equal power"}),
     )
 
 
@@ -365,8 +361,7 @@ def _numbers(context: Context, sites: Sequence[Site]) -> Table:
             hollow = rate is not None and is_saturated(context, site.place, label, rate)
             rows.append(
                 (
-                    Cell(site.place.cluster),
-                    Cell(site.place.workload),
+                    Cell(site.place.cluster, detail=site.place.workload),
                     strong(label, label in ours),
                     *(Cell(_say(site.reached(label, name))) for name, _, _ in GOODPUTS),
                     Cell("–" if any_ is None else _per(any_, site.hardware.dollars_per_hour, 1)),
@@ -380,8 +375,7 @@ def _numbers(context: Context, sites: Sequence[Site]) -> Table:
     return Table(
         caption="The figures",
         columns=(
-            "cluster",
-            "workload",
+            "where",
             "policy",
             *(f"{name} (conversations/s)" for name, _, _ in GOODPUTS),
             "Gany per USD an hour",
@@ -390,7 +384,7 @@ def _numbers(context: Context, sites: Sequence[Site]) -> Table:
             *(f"{m.title} ({m.unit})" if m.unit else m.title for m in _LATENCIES),
         ),
         rows=tuple(rows),
-        texts=frozenset({"cluster", "workload", "policy"}),
+        texts=frozenset({"where", "policy"}),
     )
 
 
