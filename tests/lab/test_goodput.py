@@ -18,6 +18,7 @@ from conserve_serving.lab.goodput import (
     GoodputSearch,
     Target,
     at_rate,
+    guess_per_s,
     search,
 )
 from conserve_serving.lab.workloads import WorkloadSpec
@@ -89,7 +90,8 @@ def test_finds_the_rate_at_which_five_per_cent_miss() -> None:
 
 def test_capacity_is_what_is_completed_under_overload() -> None:
     bench = Bench(collocated=3.1, conserve=0.2)
-    found = search([cell("collocated"), cell("conserve")], Target.CAPACITY, bench.run)
+    cells = [cell("collocated"), cell("conserve")]
+    found = search(cells, Target.CAPACITY, bench.run, start_per_s=1.0)
     assert [one.rate_per_s for one in found] == [3.1, 0.2]
     assert found[0].tried == [1.0, 2.0, 4.0]  # 4 is 1.29 times what it carries
     assert found[1].tried == [1.0]
@@ -116,7 +118,7 @@ def test_runs_that_say_nothing_of_capacity(figures: dict, text: str) -> None:
 
 
 def test_what_is_never_overloaded_has_no_capacity() -> None:
-    (one,) = search([cell()], Target.CAPACITY, lambda cells: [row(cells[0])])
+    (one,) = search([cell()], Target.CAPACITY, lambda cells: [row(cells[0])], start_per_s=1.0)
     assert one.rate_per_s is None and one.tried[-1] == 256.0
     assert one.error is not None and "no overload" in one.error
 
@@ -181,6 +183,15 @@ def test_a_run_that_failed_ends_its_search_alone() -> None:
 def test_what_was_interrupted_has_no_answer() -> None:
     (one,) = search([cell()], Target.TTFET, lambda cells: [])
     assert one.rate_per_s is None and one.error == "interrupted"
+
+
+def test_the_first_rate_is_a_guess_that_all_contenders_and_seeds_share() -> None:
+    first = {guess_per_s(cell(label, seed)) for label in ("conserve", "oracle") for seed in (0, 7)}
+    assert len(first) == 1
+    (found,) = search([cell()], Target.TTFET, Bench(collocated=1.0).run)
+    assert found.tried[0] == first.pop()
+    small = replace(cell(), cluster=cluster("paper").with_ratio(1, 1))
+    assert guess_per_s(small) < guess_per_s(cell())
 
 
 def test_at_rate_changes_the_rate_alone() -> None:

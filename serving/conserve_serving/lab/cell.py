@@ -136,7 +136,9 @@ def run_cell(cell: Cell, *, on_progress: Callable[[int], None] | None = None) ->
     contender = cell.contender
     contender.check_policy()
     engines = cell.cluster.engines(mixed_slowdown=cell.mixed_slowdown, link=cell.link)
-    spec = _fitted(cell.workload, engines)
+    spec = cell.workload
+    if spec.max_context_tokens is None:
+        spec = replace(spec, max_context_tokens=cell.cluster.longest_context_tokens)
     pool = Pool.load(spec)
     ideals = _Ideals(cell, engines)
     meter = RunMeter()
@@ -179,20 +181,6 @@ def run_cell(cell: Cell, *, on_progress: Callable[[int], None] | None = None) ->
     row |= _engines(summary)
     row["wall_s"] = time.perf_counter() - started_s
     return row
-
-
-def _fitted(spec: WorkloadSpec, engines: list[SimulatedEngine]) -> WorkloadSpec:
-    """The workload cut to the longest context that every engine can hold."""
-    if spec.max_context_tokens is not None:
-        return spec
-    limit = min(
-        min(
-            engine.profile.max_context_tokens,
-            engine.config.kv_capacity_tokens or engine.profile.kv_capacity_tokens,
-        )
-        for engine in engines
-    )
-    return replace(spec, max_context_tokens=limit)
 
 
 class _Ideals:

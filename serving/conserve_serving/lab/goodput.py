@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
+from conserve_serving.lab.capacity import cluster_capacity
 from conserve_serving.lab.cell import Cell
 
 Row = dict[str, Any]
@@ -113,6 +114,9 @@ class GoodputSearch:
         target: which share has to be met.
         start_per_s: the first rate.
         tolerance: relative width at which the search ends.
+        step: factor of the first step away from the start; the next ones are its square, its fourth
+            power, and so on up to 2. Less than 2 pays where the start is a good guess.
+        floor_per_s, ceiling_per_s: rates beyond these are not tried; None: ``REACH`` times away.
         passed_per_s, failed_per_s: highest that passed, lowest that failed; None: none yet.
         tried: every rate, in order.
     """
@@ -120,6 +124,9 @@ class GoodputSearch:
     target: Target
     start_per_s: float
     tolerance: float = TOLERANCE
+    step: float = 2.0
+    floor_per_s: float | None = None
+    ceiling_per_s: float | None = None
     passed_per_s: float | None = None
     failed_per_s: float | None = None
     tried: list[float] = field(default_factory=list)
@@ -133,10 +140,13 @@ class GoodputSearch:
             return None
         if low is None and high is None:
             return self.start_per_s
+        step = min(2.0, self.step ** (2 ** min(max(len(self.tried) - 1, 0), 7)))
         if low is None:
-            return None if high is None or high * REACH <= self.start_per_s else high / 2
+            floor = self.floor_per_s or self.start_per_s / REACH
+            return None if high is None or high <= floor else max(high / step, floor)
         if high is None:
-            return None if low >= self.start_per_s * REACH else low * 2
+            ceiling = self.ceiling_per_s or self.start_per_s * REACH
+            return None if low >= ceiling else min(low * step, ceiling)
         return None if high <= low * (1.0 + self.tolerance) else math.sqrt(low * high)
 
     @property
@@ -149,6 +159,10 @@ class GoodputSearch:
     def tell(self, rate_per_s: float, row: Row) -> None:
         """What came of a rate."""
         self.tried.append(rate_per_s)
+        self.know(rate_per_s, row)
+
+    def know(self, rate_per_s: float, row: Row) -> None:
+        """What came of a rate that was run for another reason."""
         met = row["slo"]["all" if self.target is Target.ANY else self.target.value]
         if met is not None and met >= 1.0 - MISSES:
             self.passed_per_s = max(rate_per_s, self.passed_per_s or 0.0)
@@ -161,7 +175,7 @@ def search(
     target: Target,
     run: Callable[[list[Cell]], Sequence[Row]],
     *,
-    start_per_s: float = 1.0,
+    start_per_s: float | None = None,
     tolerance: float = TOLERANCE,
     on_round: Callable[[Sequence[Search]], None] | None = None,
 ) -> list[Search]:
@@ -174,16 +188,35 @@ def search(
         target: which highest rate.
         run: runs cells and returns their rows; a row may say that it failed, and rows may be
             missing when it was interrupted (then so are answers).
-        start_per_s: the first rate tried; a good guess saves a few rounds.
+        start_per_s: the first rate tried; None: :func:`guess_per_s`.
         tolerance: relative width at which a search for goodput ends.
         on_round: told of the searches after each round.
     """
-    searches: list[Search] = [
-        CapacitySearch(start_per_s=start_per_s)
-        if target is Target.CAPACITY
-        else GoodputSearch(target=target, start_per_s=start_per_s, tolerance=tolerance)
-        for _ in cells
-    ]
+    searches: list[Search] = []
+    for cell in cells:
+        start = guess_per_s(cell) if start_per_s is None else start_per_s
+        if target is Target.CAPACITY:
+            searches.append(CapacitySearch(start_per_s=start))
+        else:
+            searches.append(GoodputSearch(target=target, start_per_s=start, tolerance=tolerance))
+    drive(cells, searches, run, on_round=on_round)
+    return searches
+
+
+def drive(
+    cells: Sequence[Cell],
+    searches: Sequence[Search],
+    run: Callable[[list[Cell]], Sequence[Row]],
+    *,
+    on_round: Callable[[Sequence[Search]], None] | None = None,
+) -> None:
+    """Bring searches to their ends, side by side; for the arguments see :func:`search`.
+
+    Args:
+        cells: one for each search.
+        searches: begun anywhere.
+        run, on_round: see there.
+    """
     while True:
         asked = [
             (one, at_rate(cell, rate), rate)
@@ -191,7 +224,7 @@ def search(
             if (rate := one.next_rate) is not None
         ]
         if not asked:
-            return searches
+            return
         rows = {row["key"]: row for row in run([cell for _, cell, _ in asked])}
         for one, cell, rate in asked:
             row = rows.get(cell.key)
@@ -203,6 +236,21 @@ def search(
                 one.tell(rate, row)
         if on_round is not None:
             on_round(searches)
+
+
+def guess_per_s(cell: Cell) -> float:
+    """A rate near the answers, by arithmetic; the same for every contender and seed.
+
+    Raises:
+        LabError: an engine cannot hold a single mean conversation.
+    """
+    carried = cluster_capacity(
+        cell.cluster,
+        replace(cell.workload, seed=0),
+        mixed_slowdown=cell.mixed_slowdown,
+        link=cell.link,
+    )
+    return float(f"{max(carried.dedicated_per_s, carried.hosting_per_s):.1g}")
 
 
 def at_rate(cell: Cell, rate_per_s: float, *, share_of_capacity: float | None = None) -> Cell:
