@@ -58,7 +58,7 @@ class Dispatcher(Planner):
                 for turn in candidates:
                     if turn.waits_at is engine:  # whose home this was may have none any more
                         self.waiting.settle(turn, self._waiting_place(turn))
-                placed = [turn for turn in candidates if self._retry(turn)]
+                placed = self._retry_all(candidates)
                 if placed and len(candidates) < waiting:
                     again[engine.id] = engine  # there may be room for more than were tried
             if not self._freed:
@@ -95,6 +95,26 @@ class Dispatcher(Planner):
             best = self.placer.best_host()
             if best is not None:
                 self.free(best)
+
+    def _retry_all(self, candidates: list[TurnState]) -> int:
+        """Try them in order; where a new conversation found no decoder, no larger one does.
+
+        Returns:
+            How many were placed.
+        """
+        placed, too_large_tokens = 0, inf
+        for turn in candidates:
+            conversation = turn.conversation
+            is_new = not conversation.turns and conversation.home is None and turn.avoid is None
+            tokens = self.placer.target_tokens(turn) if is_new else 0.0
+            if tokens >= too_large_tokens:
+                continue
+            self.no_decoder = False
+            if self._retry(turn):
+                placed += 1
+            elif is_new and self.no_decoder:  # it is not for a prefiller that it goes on waiting
+                too_large_tokens = tokens
+        return placed
 
     def _retry(self, turn: TurnState) -> bool:
         """Try a turn of the waiting room again; whether it was placed."""

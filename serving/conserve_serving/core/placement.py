@@ -162,16 +162,19 @@ class Placer:
         return min(able, key=lambda engine: len(engine.waiting), default=None)
 
     # --- room --------------------------------------------------------------------------------
-    def need(self, turn: TurnState, engine: EngineState) -> int:
-        """Tokens to be free on the engine for the turn: its prompt, and the output to be expected
-        from what turns of its age put out, less what its conversation has resident there."""
-        conversation = turn.conversation
+    def target_tokens(self, turn: TurnState) -> float:
+        """Its prompt, and the output to be expected from what turns of its age put out."""
         output: float | None = turn.predicted_output_tokens
         if output is None:
-            output = self._growth.output_tokens(conversation.turns)
+            output = self._growth.output_tokens(turn.conversation.turns)
         if turn.max_output_tokens is not None:
             output = min(output, turn.max_output_tokens)
-        target = engine.pages(min(turn.prompt_tokens + output, engine.capacity_tokens))
+        return turn.prompt_tokens + output
+
+    def need(self, turn: TurnState, engine: EngineState) -> int:
+        """Tokens to be free on the engine for the turn, less what its conversation has there."""
+        conversation = turn.conversation
+        target = engine.pages(min(self.target_tokens(turn), engine.capacity_tokens))
         if conversation.home is not engine:
             return target
         return max(target - conversation.resident, conversation.parked, 0)

@@ -48,6 +48,7 @@ class Planner:
         self._settings = settings
         self._policy = policy
         self._counters = counters
+        self.no_decoder = False  # the turn tried last fits nowhere
         self.say = Announcer(counters, copies=settings.copies)
         self._freed: dict[EngineId, EngineState] = {}
 
@@ -192,6 +193,7 @@ class Planner:
         for _ in range(_PARK_TRIES):
             room = self.placer.find_decoder(turn, exclude=no_answer, new=cause is None)
             if room is None:
+                self.no_decoder = not no_answer
                 return False
             decoder, need = room
             parked = ledger.find_room(decoder, need, keep=conversation)

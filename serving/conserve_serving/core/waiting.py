@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from itertools import islice
+from math import inf
 from typing import Final
 
 from conserve_serving.core.state import EngineState, Phase, TurnState
@@ -97,12 +98,20 @@ class WaitingRoom:
             found.update(dict.fromkeys(turns[:_TRY]))
             if len(turns) > _TRY:
                 found.update(dict.fromkeys(heapq.nsmallest(_TRY, turns, key=_growth_tokens)))
-        smallest = self._smallest()
-        if smallest and smallest[0].prompt_tokens <= room_tokens:
-            for turn in (*islice(self._new.values(), _TRY), *smallest):
+        if self._smallest_tokens() <= room_tokens:
+            for turn in (*islice(self._new.values(), _TRY), *self._smallest()):
                 if turn.prompt_tokens <= room_tokens:
                     found[turn] = None
         return list(found)
+
+    def _smallest_tokens(self) -> float:
+        """Prompt of the smallest new turn; infinite when none waits."""
+        while self._sizes:
+            tokens, _, turn = self._sizes[0]
+            if self._is_new(turn):
+                return tokens
+            heapq.heappop(self._sizes)
+        return inf
 
     def _smallest(self) -> list[TurnState]:
         """The smallest new turns: where they do not fit, no other does."""
