@@ -17,7 +17,7 @@ from conserve_serving.lab.capacity import Demand, capacity
 from conserve_serving.lab.cell import Cell as LabCell
 from conserve_serving.lab.clusters import ClusterSpec, cluster
 from conserve_serving.lab.contenders import contender
-from conserve_serving.lab.report import losses, panels, sensitivity, tiers
+from conserve_serving.lab.report import lines, losses, sensitivity, tiers
 from conserve_serving.lab.report.context import Context
 from conserve_serving.lab.report.document import Figure, Note, Section, Table, Tone
 from conserve_serving.lab.report.metrics import SLO_ALL
@@ -271,7 +271,7 @@ def test_workloads_are_named_by_what_was_changed() -> None:
 @given(st.lists(st.floats(0, 200), max_size=12))
 def test_labels_keep_their_order_their_distance_and_the_limits(wanted: list[float]) -> None:
     wanted.sort()
-    placed = panels.spread(wanted, gap=10, low=0, high=200)
+    placed = lines.spread(wanted, gap=10, low=0, high=200)
     assert placed == sorted(placed)
     assert all(-1e-6 <= y <= 200 + 1e-6 for y in placed)
     assert all(b - a >= 10 - 1e-6 for a, b in itertools.pairwise(placed))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from conserve_serving.lab.report import panels
+from conserve_serving.lab.report import bars as pictures
+from conserve_serving.lab.report.bars import Bar
 from conserve_serving.lab.report.context import Context, say, strong, verdict_cell
 from conserve_serving.lab.report.curves import is_saturated
 from conserve_serving.lab.report.document import (
@@ -25,7 +26,6 @@ from conserve_serving.lab.report.metrics import (
     TOKENS_PER_J,
     TTFET,
 )
-from conserve_serving.lab.report.panels import Bar
 from conserve_serving.lab.report.rows import Place, say_rate
 
 MAX_PLACES: Final = 4
@@ -122,7 +122,7 @@ def _figure(
             )
         if bars:
             drawn.append(
-                panels.bars(
+                pictures.bars(
                     bars,
                     title=metric.title,
                     unit=metric.unit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from conserve_serving.lab.errors import LabError
@@ -19,6 +20,7 @@ from conserve_serving.lab.report import (
 from conserve_serving.lab.report.carried import Capacities, carried
 from conserve_serving.lab.report.context import Context
 from conserve_serving.lab.report.document import (
+    Block,
     Claim,
     Condition,
     PaperValue,
@@ -57,6 +59,7 @@ def render(
     capacities: Capacities | None = None,
     conditions_given: Sequence[Condition] = (),
     sections: Sequence[str] = SECTIONS,
+    verdicts: Sequence[Block] = (),
 ) -> Report:
     """A report of many cells.
 
@@ -72,6 +75,7 @@ def render(
         capacities: what each cluster's parts can carry; None: counted here, which reads the
             workloads.
         conditions_given: assumptions and circumstances that the rows do not have.
+        verdicts: what stands first in the section on clusters (``lab.tier_text``).
         sections: which, in the page's order whatever the order here.
 
     Returns:
@@ -95,7 +99,7 @@ def render(
         "claims": lambda: paperside.section(claims),
         "curves": lambda: curves.section(context),
         "bars": lambda: atrate.section(context, paper=paper),
-        "tiers": lambda: tiers.section(context, capacities or {}, uncounted),
+        "tiers": lambda: _after(verdicts, tiers.section(context, capacities or {}, uncounted)),
         "losses": lambda: losses.section(context, met),
         "sensitivity": lambda: sensitivity.section(context),
         "where": lambda: where.section(context),
@@ -117,3 +121,7 @@ def render(
             "is the most. Give fewer rows or fewer sections, or several reports."
         )
     return Report(html=html, markdown=to_markdown(**arguments))
+
+
+def _after(first: Sequence[Block], section: Section) -> Section:
+    return replace(section, blocks=(*first, *section.blocks))

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from conserve_serving.lab.report import panels
+from conserve_serving.lab.report import lines as pictures
 from conserve_serving.lab.report.context import Context, say, strong
 from conserve_serving.lab.report.document import Block, Cell, Figure, Note, Section, Table, Tone
+from conserve_serving.lab.report.lines import Line, Point
 from conserve_serving.lab.report.metrics import HEADLINE, TTFET, Metric
-from conserve_serving.lab.report.panels import Line, Point
 from conserve_serving.lab.report.rows import Place, say_rate
 from conserve_serving.lab.stats import mean
 
@@ -67,7 +67,7 @@ def _figures(context: Context, place: Place) -> Iterator[Figure | Note]:
     once = [label for label in context.rows.contenders(place) if label not in drawn_labels]
     for number, labels in enumerate(chunks, 1):
         drawn = [
-            panels.lines(
+            pictures.lines(
                 lines,
                 title=metric.title
                 + (f", {metric.unit}" if metric.unit not in {"", "share"} else ""),
@@ -179,7 +179,7 @@ def _share_figure(context: Context, place: Place) -> Iterator[Figure]:
             help="Every policy at the same share of what it can carry itself: how it behaves near "
             "its limit, whatever that limit is.",
             panels=(
-                panels.lines(
+                pictures.lines(
                     whole,
                     title=f"{TTFET.title}, {TTFET.unit}",
                     x_label="% of own capacity",

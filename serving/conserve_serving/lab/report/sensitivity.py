@@ -6,30 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from conserve_serving.lab.report import panels
+from conserve_serving.lab.report import assumptions
+from conserve_serving.lab.report.assumptions import METRICS, POWER
 from conserve_serving.lab.report.atrate import chosen_rate
+from conserve_serving.lab.report.bars import Span, tornado
 from conserve_serving.lab.report.context import Context, say, strong, verdict_cell
 from conserve_serving.lab.report.curves import RIVALS_IN_FIGURE, is_saturated
 from conserve_serving.lab.report.document import Block, Cell, Figure, Note, Section, Table
+from conserve_serving.lab.report.lines import Line, Point
+from conserve_serving.lab.report.lines import lines as lines_picture
 from conserve_serving.lab.report.metrics import (
-    LAST_TURN_TBT,
     TOKENS_PER_J,
-    TOKENS_PER_J_HIGH,
-    TOKENS_PER_J_LOW,
     TTFET,
     Metric,
 )
-from conserve_serving.lab.report.panels import Bar, Line, Point, Span
 from conserve_serving.lab.report.rows import Place, Setting, say_interference, say_rate
-from conserve_serving.lab.stats import Estimate
 
-_METRICS: Final = (TTFET, LAST_TURN_TBT, TOKENS_PER_J)
 _POWER_NAME: Final = "power model"
-_POWER: Final = (
-    ("low", TOKENS_PER_J_LOW),
-    ("mid", TOKENS_PER_J),
-    ("high", TOKENS_PER_J_HIGH),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +75,10 @@ def section(context: Context) -> Section:
         blocks += figures
         if not figures:
             not_swept.append(axis.name)
-    blocks += _prediction(context)
+    blocks += assumptions.prediction(context)
     if not any("prediction" in b.title for b in blocks if isinstance(b, Figure)):
         not_swept.append("prediction error")
-    power = _power(context, context.rows.main_places()[:3])
+    power = assumptions.power(context, context.rows.main_places()[:3])
     blocks += power
     if not power:
         not_swept.append("power model")
@@ -138,7 +131,7 @@ def _swept(context: Context, place: Place, axis: Axis) -> Iterator[Figure]:
     ours = [label for label in labels if label in context.ours]
     labels = ours + [label for label in labels if label not in ours][:RIVALS_IN_FIGURE]
     drawn = []
-    for metric in _METRICS:
+    for metric in METRICS:
         lines = []
         for label in labels:
             points = [
@@ -150,7 +143,7 @@ def _swept(context: Context, place: Place, axis: Axis) -> Iterator[Figure]:
                 lines.append(Line(series=context.looks[label], points=tuple(points)))
         if lines:
             drawn.append(
-                panels.lines(
+                lines_picture(
                     lines,
                     title=metric.title + (f", {metric.unit}" if metric.unit else ""),
                     x_label=axis.name,
@@ -176,7 +169,7 @@ def _table(
     rows = []
     for other in along:
         for label in labels:
-            figures = (say(context.rows.estimate(other, label, rate, m)) for m in _METRICS)
+            figures = (say(context.rows.estimate(other, label, rate, m)) for m in METRICS)
             rows.append(
                 (
                     Cell(axis.say(other.setting)),
@@ -187,7 +180,7 @@ def _table(
                     else Cell(""),
                 )
             )
-    titles = (f"{m.title} ({m.unit})" if m.unit else m.title for m in _METRICS)
+    titles = (f"{m.title} ({m.unit})" if m.unit else m.title for m in METRICS)
     return Table(
         columns=(axis.name, "policy", *titles, "TTFET against the best other"),
         rows=tuple(rows),
@@ -236,7 +229,7 @@ def _tornados(context: Context, place: Place) -> Iterator[Figure]:
         if any(span.name != _POWER_NAME for span in spans):
             spans.sort(key=lambda s: min(v for v, _ in s.ends) - max(v for v, _ in s.ends))
             drawn.append(
-                panels.tornado(
+                tornado(
                     spans,
                     base=100 * (base.ratio.value - 1),
                     title=f"{metric.title}: {ours[0]} against {base.rival}, %",
@@ -274,150 +267,9 @@ def _ends(
             yield axis.name, ends
     if metric is TOKENS_PER_J:
         ends = []
-        for name, level in _POWER:
+        for name, level in POWER:
             comparison = context.rows.compare(place, ours, rival, rate, level)
             if comparison is not None:
                 ends.append((100 * (comparison.ratio.value - 1), name))
         if len(ends) > 1:
             yield _POWER_NAME, ends
-
-
-def _prediction(context: Context) -> Iterator[Figure]:
-    """Per-turn placement under each predictor, beside ours, which needs none.
-
-    Where and at which load most of them were run.
-    """
-
-    def told_at(place: Place, rate: float) -> list[str]:
-        return [
-            label
-            for label in context.rows.contenders(place)
-            if context.rows.policy(label).startswith("per_turn")
-            and context.rows.at(place, label, rate)
-        ]
-
-    points = [(p, r) for p in context.rows.main_places() for r in context.rows.rates(p)]
-    place, rate = max(points, key=lambda point: len(told_at(*point)))
-    told = told_at(place, rate)
-    if len(told) < 2:
-        return
-    labels = [*context.ours_at(place), *told]
-    drawn, rows = [], []
-    for metric in _METRICS:
-        bars = []
-        for label in labels:
-            estimate = context.rows.estimate(place, label, rate, metric)
-            if estimate is None:
-                continue
-            look = context.looks[label]
-            hollow = is_saturated(context, place, label, rate)
-            bars.append(
-                Bar(
-                    name=look.short,
-                    value=estimate,
-                    colour=look.colour,
-                    strong=look.ours,
-                    hollow=hollow,
-                )
-            )
-            rows.append(
-                (
-                    Cell(metric.title),
-                    strong(label, label in context.ours),
-                    Cell(say(estimate, metric.unit)),
-                )
-            )
-        if bars:
-            drawn.append(
-                panels.bars(
-                    bars,
-                    title=metric.title,
-                    unit=metric.unit,
-                    log=metric.log,
-                    label=f"{metric.title} by predictor, {place.title}, {rate:g}/s",
-                )
-            )
-    if drawn:
-        yield Figure(
-            title=f"What a wrong prediction costs: {place.title} at {say_rate(rate)} "
-            "conversations/s",
-            help="Placement turn by turn with better and worse predictions. ConServe predicts "
-            "nothing.",
-            panels=tuple(drawn),
-            data=Table(
-                columns=("metric", "policy", "figure"),
-                rows=tuple(rows),
-                texts=frozenset({"policy"}),
-            ),
-        )
-
-
-def _power(context: Context, places: Sequence[Place]) -> list[Figure]:
-    """Tokens per joule under the low, mid and high power model, a panel for each place."""
-    drawn, rows = [], []
-    for place in places:
-        rate = chosen_rate(context, place)
-        if rate is None:
-            continue
-        bars = []
-        ours = context.ours_at(place)
-        for label in sorted(context.rows.contenders(place), key=lambda one: one not in ours):
-            levels = [context.rows.estimate(place, label, rate, metric) for _, metric in _POWER]
-            low, mid, high = levels
-            if low is None or mid is None or high is None:
-                continue
-            look = context.looks[label]
-            ends = sorted((low.value, high.value))
-            bars.append(
-                Bar(
-                    name=look.short,
-                    value=Estimate(value=mid.value, low=ends[0], high=ends[1], n=mid.n),
-                    colour=look.colour,
-                    strong=look.ours,
-                    hollow=is_saturated(context, place, label, rate),
-                )
-            )
-            rows.append(
-                (
-                    Cell(place.title, detail=f"at {say_rate(rate)}/s"),
-                    strong(label, label in ours),
-                    *(Cell(say(level)) for level in levels),
-                    *(
-                        verdict_cell(context.against_best(place, label, rate, metric))
-                        if label in ours
-                        else Cell("")
-                        for _, metric in _POWER
-                    ),
-                )
-            )
-        if bars:
-            drawn.append(
-                panels.bars(
-                    bars,
-                    title=f"{place.cluster} at {say_rate(rate)}/s",
-                    log=False,
-                    label=f"Tokens per joule by power model, {place.title}, {rate:g}/s",
-                )
-            )
-    if not drawn:
-        return []
-    names = [name for name, _ in _POWER]
-    return [
-        Figure(
-            title="Power model: tokens per joule",
-            help="The bar is the middle power model; the line goes from one end of its band to the "
-            "other (not an interval over seeds). The ends move all policies together: what differs "
-            "between policies is in the table.",
-            panels=tuple(drawn),
-            data=Table(
-                columns=(
-                    "where",
-                    "policy",
-                    *(f"tokens/J, {name}" for name in names),
-                    *(f"against the best other, {name}" for name in names),
-                ),
-                rows=tuple(rows),
-                texts=frozenset({"where", "policy"}),
-            ),
-        )
-    ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from conserve_serving.lab.capacity import ClusterCapacity
-from conserve_serving.lab.report import panels, svg
+from conserve_serving.lab.report import svg
+from conserve_serving.lab.report.bars import Group, groups
 from conserve_serving.lab.report.carried import Capacities
 from conserve_serving.lab.report.context import Context, say, strong, verdict_cell
 from conserve_serving.lab.report.curves import is_saturated
@@ -22,22 +22,20 @@ from conserve_serving.lab.report.document import (
     Table,
     Tone,
 )
-from conserve_serving.lab.report.hardware import Hardware, hardware
+from conserve_serving.lab.report.economy import economy
 from conserve_serving.lab.report.metrics import (
     FIRST_TURN_TTFT,
     LAST_TURN_TBT,
     TOKENS_PER_J,
     TTFET,
 )
-from conserve_serving.lab.report.panels import Group
-from conserve_serving.lab.report.reached import GOODPUTS, Goodput, goodput
-from conserve_serving.lab.report.rows import Place, say_rate
+from conserve_serving.lab.report.reached import GOODPUTS
+from conserve_serving.lab.report.rows import say_rate
+from conserve_serving.lab.report.sites import LOAD_SHARE, Site, per, say_goodput, site_of
 from conserve_serving.lab.report.style import colour
 
 _BOTTLENECKS: Final = {"decode": "tail and decode", "link": "the link"}
 _LATENCIES: Final = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, TOKENS_PER_J)
-#: The load at which latencies are compared, as a share of the best policy's goodput.
-_LOAD: Final = 0.85
 _PARTS: Final = (
     ("prefill of first turns", "prefill_per_s", "accent"),
     ("tail and decode", "decode_per_s", "sky"),
@@ -47,26 +45,6 @@ _MARKS: Final = (
     ("dedicated: the least of the three", "dedicated_per_s", "fg"),
     ("every engine does everything", "hosting_per_s", "vermillion"),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """A place with what it carries.
-
-    Attributes:
-        place, hardware: where.
-        goodputs: by contender, then by the name in ``GOODPUTS``; None where the rows do not say.
-        rate_per_s: the load at which latencies are compared; None: nothing was run there.
-    """
-
-    place: Place
-    hardware: Hardware
-    goodputs: dict[str, dict[str, Goodput | None]]
-    rate_per_s: float | None
-
-    def reached(self, contender: str, name: str) -> Goodput | None:
-        """Goodput of a contender."""
-        return self.goodputs[contender][name]
 
 
 def section(
@@ -79,13 +57,13 @@ def section(
         capacities: what the parts of each cluster can carry.
         uncounted: why some have none.
     """
-    sites = [_site(context, place) for place in context.rows.main_places()]
+    sites = [site_of(context, place) for place in context.rows.main_places()]
     known = [site for site in sites if any(any(g.values()) for g in site.goodputs.values())]
     blocks: list[Block] = []
     if known:
         blocks += [
             _verdicts(context, known, capacities),
-            *_economy(context, known),
+            *economy(context, known),
             _numbers(context, known),
         ]
     missing = [site.place.title for site in sites if site not in known]
@@ -105,26 +83,10 @@ def section(
         id="tiers",
         title="Clusters: where conversation-level placement wins, ties or loses",
         help=" ".join(f"{name}: {text}." for name, _, text in GOODPUTS)
-        + f" Latencies and tokens per joule at about {100 * _LOAD:g} % of the best policy’s Gany. "
-        "Differences are paired by seed; against is the best other policy in that figure.",
+        + f" Latencies and tokens per joule at about {100 * LOAD_SHARE:g} % of the best policy’s "
+        "Gany. Differences are paired by seed; against is the best other policy in that figure.",
         blocks=tuple(blocks),
     )
-
-
-def _site(context: Context, place: Place) -> Site:
-    goodputs = {
-        label: {name: goodput(context, place, label, metric) for name, metric, _ in GOODPUTS}
-        for label in context.rows.contenders(place)
-    }
-    best = max(
-        (g.estimate.value for one in goodputs.values() if (g := one["Gany"]) is not None),
-        default=None,
-    )
-    rates = context.rows.rates(place)
-    rate = None
-    if best is not None and rates:
-        rate = max((r for r in rates if r <= _LOAD * best * 1.001), default=rates[0])
-    return Site(place=place, hardware=hardware(context, place), goodputs=goodputs, rate_per_s=rate)
 
 
 # --- at equal hardware ----------------------------------------------------------------------------
@@ -182,17 +144,9 @@ def _goodput_verdict(context: Context, site: Site, ours: str, name: str) -> Cell
         return Cell("both carried every load that was run", Tone.SOFT)
     cell = verdict_cell(own.compare(best, rival=rival))
     if best.estimate.value <= 0:
-        return Cell(f"nobody else keeps the SLO at the lowest load; {_say(own)}", Tone.GOOD)
+        return Cell(f"nobody else keeps the SLO at the lowest load; {say_goodput(own)}", Tone.GOOD)
     bound = " or better" if own.open_end else " or worse" if best.open_end else ""
     return Cell(cell.text + bound, cell.tone, cell.detail)
-
-
-def _say(found: Goodput | None) -> str:
-    if found is None:
-        return "–"
-    if found.closed_start and found.estimate.value == 0:
-        return "below the lowest load"
-    return ("≥ " if found.open_end else "") + say(found.estimate)
 
 
 def why(context: Context, site: Site, ours: str, capacities: Capacities) -> str:
@@ -231,119 +185,6 @@ def _busy(context: Context, site: Site, ours: str) -> str:
     return ", ".join(said)
 
 
-# --- at equal cost and power ----------------------------------------------------------------------
-
-
-def _economy(context: Context, sites: Sequence[Site]) -> Iterator[Table | Note]:
-    """Ours against the best other policy on any cluster of equal engines, per dollar and watt."""
-    if len(sites) < 2 or not any(site.hardware.equal for site in sites):
-        yield Note(
-            "Nothing to compare at equal cost or power: the rows have no second cluster of equal "
-            "engines.",
-            missing=True,
-        )
-        return
-    rows = []
-    for site in sites:
-        equal = [
-            other
-            for other in sites
-            if other is not site
-            and other.hardware.equal
-            and other.hardware.model == site.hardware.model
-            and other.place.workload == site.place.workload
-            and other.place.setting.mixed_slowdown == site.place.setting.mixed_slowdown
-        ]
-        reference = _reference(context, site)
-        controls = [other for other in equal if _reference(context, other) == reference]
-        if equal and not controls:
-            none = "equal tiers were held to another SLO: run all with one --reference"
-        else:
-            none = "no other equal tiers in these rows"
-        for ours in context.ours_at(site.place):
-            own = site.reached(ours, "Gany")
-            if own is None:
-                continue
-            rows.append(
-                (
-                    Cell(site.place.cluster, detail=site.place.workload),
-                    strong(ours, True),
-                    Cell(_say(own)),
-                    Cell(_number(site.hardware.dollars_per_hour)),
-                    Cell(_per(own, site.hardware.dollars_per_hour, 1.0)),
-                    _against_equal(
-                        context, own, site, controls, price="dollars_per_hour", none=none
-                    ),
-                    Cell(_number(site.hardware.rated_w)),
-                    Cell(_per(own, site.hardware.rated_w, 1000.0)),
-                    _against_equal(context, own, site, controls, price="rated_w", none=none),
-                )
-            )
-    yield Table(
-        caption="At equal cost and at equal rated power: Gany, against the best other policy on "
-        "any cluster of equal engines in these rows",
-        columns=(
-            "where",
-            "policy",
-            "Gany (conversations/s)",
-            "USD an hour",
-            "Gany per USD an hour",
-            "at equal cost",
-            "rated W",
-            "Gany per rated kW",
-            "at equal power",
-        ),
-        rows=tuple(rows),
-        texts=frozenset({"where", "policy", "at equal cost", "at equal power"}),
-    )
-
-
-def _reference(context: Context, site: Site) -> str:
-    """Whose idle latency the SLO of a place is a multiple of."""
-    cell = next(row.raw["cell"] for row in context.rows.all if row.place == site.place)
-    reference = cell.get("reference") or cell["cluster"]
-    return str(reference["name"] if isinstance(reference, dict) else reference)
-
-
-def _against_equal(
-    context: Context,
-    own: Goodput,
-    site: Site,
-    controls: Sequence[Site],
-    *,
-    price: str,
-    none: str,
-) -> Cell:
-    here = getattr(site.hardware, price)
-    others = []
-    for control in controls:
-        there = getattr(control.hardware, price)
-        for label in context.rivals_at(control.place):
-            found = control.reached(label, "Gany")
-            if found is not None and there and found.estimate.value > 0:
-                others.append((found.estimate.value / there, control, label, found))
-    if not here:
-        return Cell("not known", Tone.SOFT)
-    if not others:
-        return Cell(none, Tone.SOFT)
-    _, control, label, found = max(others, key=lambda other: other[0])
-    comparison = own.compare(found, rival=label, scale=getattr(control.hardware, price) / here)
-    if comparison is None:
-        return Cell("–", Tone.SOFT)
-    cell = verdict_cell(comparison)
-    return Cell(cell.text, cell.tone, f"{cell.detail} on {control.place.cluster}")
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.6g}"
-
-
-def _per(found: Goodput, price: float | None, unit: float) -> str:
-    if not price:
-        return "–"
-    return f"{unit * found.estimate.value / price:.3g}"
-
-
 # --- the figures ----------------------------------------------------------------------------------
 
 
@@ -363,9 +204,9 @@ def _numbers(context: Context, sites: Sequence[Site]) -> Table:
                 (
                     Cell(site.place.cluster, detail=site.place.workload),
                     strong(label, label in ours),
-                    *(Cell(_say(site.reached(label, name))) for name, _, _ in GOODPUTS),
-                    Cell("–" if any_ is None else _per(any_, site.hardware.dollars_per_hour, 1)),
-                    Cell("–" if any_ is None else _per(any_, site.hardware.rated_w, 1000)),
+                    *(Cell(say_goodput(site.reached(label, name))) for name, _, _ in GOODPUTS),
+                    Cell("–" if any_ is None else per(any_, site.hardware.dollars_per_hour, 1)),
+                    Cell("–" if any_ is None else per(any_, site.hardware.rated_w, 1000)),
                     Cell(
                         "–" if rate is None else say_rate(rate) + (", saturated" if hollow else "")
                     ),
@@ -398,7 +239,7 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
     drawn, rows = [], []
     for workload, counted in by_workload.items():
         drawn.append(
-            panels.groups(
+            groups(
                 [
                     Group(
                         name=site.place.cluster,

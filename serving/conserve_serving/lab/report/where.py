@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from conserve_serving.lab.report import panels, svg
+from conserve_serving.lab.report import svg
 from conserve_serving.lab.report.atrate import chosen_rate
+from conserve_serving.lab.report.bars import Stack
+from conserve_serving.lab.report.bars import stacks as draw_stacks
 from conserve_serving.lab.report.context import Context, say, strong
 from conserve_serving.lab.report.document import (
     Block,
@@ -18,7 +20,6 @@ from conserve_serving.lab.report.document import (
     Table,
 )
 from conserve_serving.lab.report.metrics import Metric
-from conserve_serving.lab.report.panels import Stack
 from conserve_serving.lab.report.rows import Place, say_rate
 from conserve_serving.lab.report.style import PARTS, colour
 from conserve_serving.lab.stats import Estimate
@@ -81,7 +82,7 @@ def _figure(context: Context, place: Place, rate_per_s: float) -> Figure | None:
             )
         if stacks:
             drawn.append(
-                panels.stacks(
+                draw_stacks(
                     stacks,
                     title=f"{title[0].upper()}{title[1:]}, seconds",
                     label=f"Where the time goes, {title}, {place.title}, {rate_per_s:g}/s",
