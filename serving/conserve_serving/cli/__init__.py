@@ -32,6 +32,7 @@ COMMANDS = {
         "reproduce",
         "Ask the paper's claims of this scheduler, in minutes.",
     ),
+    "tiers": ("tiers", "tiers", "Say on which hardware and workload which policy carries most."),
     "config": ("config", "config", "Explain every setting, or check a configuration file."),
     "clusters": ("clusters", "clusters", "List clusters to simulate, and what one can carry."),
     "profiles": ("profiles", "profiles", "List hardware profiles, their source and confidence."),
