@@ -16,10 +16,14 @@ import rows as made
 from click.testing import CliRunner
 
 from conserve_serving.cli.report import report
-from conserve_serving.lab.cell import FORMAT
+from conserve_serving.lab.cell import FORMAT, Cell, run_cell
+from conserve_serving.lab.clusters import cluster
+from conserve_serving.lab.contenders import contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.report import SECTIONS, Claim, Condition, Outcome, PaperValue, render
+from conserve_serving.lab.report.metrics import METRICS
 from conserve_serving.lab.stats import mean, ratio
+from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.replay.report import format_number
 
 EVIL = "<script>alert('&')</script> |`*"
@@ -275,6 +279,38 @@ def test_loads_of_a_search_are_points_of_no_curve_but_count_for_goodput() -> Non
     html = render(rows, title="t", sections=("curves",)).html
     rates = {row[0] for row in Page(html).rows if len(row) > 6}
     assert rates == {"conversations/s", "1", "1.5"}
+
+
+def test_a_study_of_fewer_seeds_beside_a_larger_one_is_shown() -> None:
+    rows = made.rows(("conserve", "collocated"), (1.0, 1.5), 6)
+    rows += made.rows(("round_robin",), (1.0, 1.5), 2)
+    html = render(rows, title="t", sections=("curves",)).html
+    assert {row[1] for row in Page(html).rows if row[0] == "1.5"} == {
+        "conserve",
+        "collocated",
+        "round_robin",
+    }
+
+
+def test_rows_of_real_runs_have_all_that_a_report_shows() -> None:
+    rows = []
+    for label in ("conserve", "collocated"):
+        for rate in (0.5, 1.0):
+            for seed in range(2):
+                workload = WorkloadSpec(
+                    source="generated:swebench",
+                    max_turns=2,
+                    conversations=12,
+                    rate_per_s=rate,
+                    seed=seed,
+                )
+                cell = Cell(cluster=cluster("paper"), contender=contender(label), workload=workload)
+                rows.append(json.loads(json.dumps(run_cell(cell))))
+    html = render(rows, title="t").html
+    for missing in ("Not in the rows", "No row says", "could not be counted", "No goodput"):
+        assert missing not in html
+    assert "What each part can carry" in html
+    assert all(metric.of(row) is not None for metric in METRICS.values() for row in rows)
 
 
 def test_shares_of_own_capacity_have_a_picture_of_their_own() -> None:

@@ -31,7 +31,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--rate",
     type=FiniteRange(min=0, min_open=True),
-    help="Load of the bars and of where the time goes."
+    help="Load of the bars, the sensitivities and of where the time goes."
     "  [default: the highest that ConServe carries]",
 )
 @click.option(

@@ -24,7 +24,7 @@ def to_markdown(
     lines = [f"# {title}", ""]
     for text in (subtitle, *summary):
         lines += [_escaped(text), ""] if text else []
-    lines += [f"- **{_escaped(t.name)}**: {_escaped(t.big)} {_escaped(t.small)}" for t in tiles]
+    lines += [f"- **{_escaped(t.name)}**: {_escaped(t.big)} ({_escaped(t.small)})" for t in tiles]
     for section in sections:
         lines += ["", f"## {_escaped(section.title)}", ""]
         lines += [_escaped(section.help), ""] if section.help else []

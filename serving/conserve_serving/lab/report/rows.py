@@ -121,9 +121,10 @@ class Rows:
         for row in self.all:
             seeds = self._at.setdefault((row.place, row.contender, row.rate_per_s), {})
             seeds[row.seed] = row  # the latest of equal cells counts, as in a store that is resumed
-        self._most_seeds: dict[Place, int] = {}
-        for (place, _, _), seeds in self._at.items():
-            self._most_seeds[place] = max(len(seeds), self._most_seeds.get(place, 0))
+        self._most_seeds: dict[tuple[Place, str], int] = {}
+        for (place, label, _), seeds in self._at.items():
+            most = self._most_seeds.get((place, label), 0)
+            self._most_seeds[place, label] = max(len(seeds), most)
         self._estimates: dict[tuple[Any, ...], Estimate | None] = {}
         self._policies = {row.contender: row.policy for row in self.all}
 
@@ -152,7 +153,7 @@ class Rows:
         return self._policies[contender]
 
     def rates(self, place: Place, contender: str | None = None) -> list[float]:
-        """Loads run at ``place``, ascending, under half of the seeds or more.
+        """Loads run at ``place``, ascending, under half of a contender's seeds or more.
 
         A search for the goodput tries loads of its own under each seed; those, and loads that are
         a share of somebody's capacity, are no points of a curve.
@@ -163,7 +164,7 @@ class Rows:
                 for (where, label, rate), seeds in self._at.items()
                 if where == place
                 and contender in {None, label}
-                and 2 * len(seeds) >= self._most_seeds[place]
+                and 2 * len(seeds) >= self._most_seeds[place, label]
                 and not all(row.share_of_capacity for row in seeds.values())
             }
         )
@@ -179,7 +180,7 @@ class Rows:
 
     def seeds(self, place: Place) -> int:
         """The most seeds that any load has."""
-        return self._most_seeds[place]
+        return max(most for (where, _), most in self._most_seeds.items() if where == place)
 
     def at(self, place: Place, contender: str, rate_per_s: float) -> list[Row]:
         """The seeds of one point, ascending; empty where it was not run."""
