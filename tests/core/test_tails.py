@@ -17,6 +17,8 @@ from conserve_serving.core.events import (
     TurnAborted,
     TurnFailed,
 )
+from conserve_serving.core.load import ObservedLoad
+from conserve_serving.core.policies.advantage import step_s
 from conserve_serving.core.policies.common import Defaults
 from conserve_serving.core.policies.conserve import ConServe
 from conserve_serving.core.settings import SchedulerSettings
@@ -293,3 +295,32 @@ def test_the_turn_one_valve_opens_while_the_prefill_tier_is_behind() -> None:
 def test_defaults_stay_where_they_are() -> None:
     assert Defaults.tail is Tail.PINNED
     assert World("collocated").scheduler.policy.hands_over is False
+
+
+class Decoding:
+    """An engine as a policy sees it, with figures of the test's own."""
+
+    def __init__(self, step_s: float, *, bias: float | None = None) -> None:
+        self._step_s, self._bias = step_s, bias
+
+    def decode_step_s(self, kv_tokens: float) -> float:
+        return self._step_s
+
+    def decode_bias(self, kv_tokens: float) -> float | None:
+        return self._bias
+
+
+def test_an_engine_that_never_decoded_is_judged_as_its_peers_turned_out() -> None:
+    slow = Decoding(0.020, bias=2.0)  # it was believed to take 0.010
+    unseen = Decoding(0.010)
+    assert step_s(unseen, 1_000.0, [slow, unseen]) == pytest.approx(0.020)  # type: ignore[arg-type,list-item] # of a view's members it needs two
+    assert step_s(slow, 1_000.0, [slow, unseen]) == 0.020  # type: ignore[arg-type,list-item]
+    assert step_s(unseen, 1_000.0, [unseen]) == 0.010  # type: ignore[arg-type,list-item]
+
+
+def test_arrivals_are_observed_as_a_rate() -> None:
+    load = ObservedLoad(256)
+    assert load.conversations_per_s == 0.0
+    for number in range(400):
+        load.arrived(0.25 * number)
+    assert load.conversations_per_s == pytest.approx(4.0)

@@ -9,6 +9,8 @@ _KEEP: Final = 1.0 - 1.0 / 256
 # What is believed before anything was seen counts as so many conversations.
 _PRIOR: Final = 2.0
 _PRIOR_FIRST_PROMPT_TOKENS: Final = 8192.0
+# Weight of the newest gap between two arrivals.
+_GAP_WEIGHT: Final = 1.0 / 64
 
 
 class ObservedLoad:
@@ -18,16 +20,35 @@ class ObservedLoad:
     they finish: in a steady state the ratio of the two is what a conversation has in all.
     """
 
-    __slots__ = ("_context", "_conversations", "_first", "_new", "_output", "_tails")
+    __slots__ = (
+        "_arrived_s",
+        "_context",
+        "_conversations",
+        "_first",
+        "_gap_s",
+        "_new",
+        "_output",
+        "_tails",
+    )
 
     def __init__(self, output_tokens: int) -> None:
         """Args: output of a turn before any has been seen."""
+        self._arrived_s: float | None = None
+        self._gap_s: float | None = None
         self._conversations = _PRIOR
         self._first = _PRIOR * _PRIOR_FIRST_PROMPT_TOKENS
         self._tails = _PRIOR
         self._new = 0.0
         self._output = 2 * _PRIOR * output_tokens
         self._context = self._output * _PRIOR_FIRST_PROMPT_TOKENS
+
+    def arrived(self, now_s: float) -> None:
+        """A conversation began."""
+        if self._arrived_s is not None:
+            gap_s = now_s - self._arrived_s
+            before_s = gap_s if self._gap_s is None else self._gap_s
+            self._gap_s = before_s + _GAP_WEIGHT * (gap_s - before_s)
+        self._arrived_s = now_s
 
     def observe(self, *, first: bool, prompt_tokens: int, new_tokens: int, output: int) -> None:
         """A turn finished: its prompt, what of it was not in the conversation's KV, its output."""
@@ -43,6 +64,11 @@ class ObservedLoad:
             self._new += new_tokens
         self._output += output
         self._context += output * (prompt_tokens + output / 2)
+
+    @property
+    def conversations_per_s(self) -> float:
+        """How often conversations begin; 0 before two have."""
+        return 1.0 / self._gap_s if self._gap_s else 0.0
 
     @property
     def first_prompt_tokens(self) -> float:

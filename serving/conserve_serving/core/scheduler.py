@@ -260,6 +260,8 @@ class Scheduler:
         if conversation is None:
             conversation = ConversationState(event.conversation, self._do.now_s)
             conversation.foreseen = event.foreseen_tokens
+            if event.hint is None:
+                self._do.load.arrived(self._do.now_s)
             self._conversations[event.conversation] = conversation
             self._adopt(conversation, event)
         conversation.ended = False

@@ -43,6 +43,7 @@ class LearnedSpeeds:
         "_mixed",
         "_n",
         "_prior",
+        "_seen",
         "_slope_s",
         "_tokens",
         "_tokens_s",
@@ -63,6 +64,7 @@ class LearnedSpeeds:
         self._x = self._xx = self._xy = 0.0
         self._y = self._n * prior.decode_step_s
         self._mixed = prior.mixed_slowdown
+        self._seen = False  # a decode step
         self._base_s, self._slope_s = self._fit_decode()
 
     def observe(self, steps: StepTimes, *, prefilled_turns: int = 1) -> None:
@@ -77,6 +79,7 @@ class LearnedSpeeds:
         if steps.prefill_tokens > 0 and steps.prefill_s > 0:
             self._observe_prefill(turns * steps.prefill_tokens, steps)
         if steps.decode_steps > 0 and steps.decode_s > 0:
+            self._seen = True
             n = float(steps.decode_steps)
             x, y = steps.decode_kv_tokens / n, steps.decode_s / n
             self._n = self._n * _KEEP + n
@@ -134,6 +137,14 @@ class LearnedSpeeds:
     def decode_step_s(self, kv_tokens: float) -> float:
         """Seconds of one decode step that reads ``kv_tokens`` of KV."""
         return self._base_s + self._slope_s * kv_tokens
+
+    def decode_bias(self, kv_tokens: float) -> float | None:
+        """Step time as observed over what was believed at first; None: no step was observed."""
+        if not self._seen:
+            return None
+        prior = self._prior
+        believed_s = prior.decode_step_s + prior.decode_step_s_per_kv_token * kv_tokens
+        return self.decode_step_s(kv_tokens) / believed_s
 
     def snapshot(self) -> EngineSpeeds:
         """What is believed now, in the form it was first given."""

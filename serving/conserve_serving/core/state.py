@@ -285,6 +285,9 @@ class EngineState:
     def decode_step_s(self, kv_tokens: float) -> float:
         return self.speeds.decode_step_s(kv_tokens)
 
+    def decode_bias(self, kv_tokens: float) -> float | None:
+        return self.speeds.decode_bias(kv_tokens)
+
     def handoff_s(self, tokens: float) -> float:
         return self.link.handoff_s(tokens)
 

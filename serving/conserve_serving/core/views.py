@@ -69,6 +69,9 @@ class EngineView(Protocol):
     def mixed_slowdown(self) -> float: ...
     def prefill_s(self, tokens: float) -> float: ...
     def decode_step_s(self, kv_tokens: float) -> float: ...
+    def decode_bias(self, kv_tokens: float) -> float | None:
+        """Step time as observed over what was believed at first; None where none was observed."""
+
     def handoff_s(self, tokens: float) -> float: ...
 
 
@@ -96,6 +99,10 @@ class TurnView(Protocol):
 
 class LoadView(Protocol):
     """What conversations have been observed to need of late: means, see `core.load`."""
+
+    @property
+    def conversations_per_s(self) -> float:
+        """How often conversations begin."""
 
     @property
     def first_prompt_tokens(self) -> float: ...

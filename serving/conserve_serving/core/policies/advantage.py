@@ -1,57 +1,100 @@
-"""Dedicate the prefill tier or let it host: what the cluster carries either way, in
-conversations/s.
+"""Dedicate the prefill tier or let it host, by what has been observed.
 
-A fluid estimate from observed speeds and lengths: each engine's seconds for one conversation's
-first prompt, its appends, and its share of decode steps at the batch its KV allows.
+Two fluid estimates from observed speeds, lengths and arrivals:
 
-- Everyone hosts: every engine serves whole conversations.
-- Dedicated: the prefill tier computes first prompts and hands them over; the decode tier has the
-  rest, and what the prefill tier cannot take (the turn-1 valve).
+- **What the cluster carries** either way, in conversations per second: each engine's seconds for
+  one conversation's first prompt, its appends, and its share of decode steps at the batch its KV
+  allows. Everyone hosts: every engine serves whole conversations. Dedicated: the prefill tier
+  computes first prompts and hands them over; the decode tier has the rest, and the first prompts
+  that the prefill tier cannot take (the turn-1 valve).
+- **How long a conversation takes** either way at the rate at which they arrive now. Prefill takes a
+  share ``p`` of an engine's time and everything there is slowed by ``1 / (1 - p)``. A decode step
+  is ``a + b * kv``, and by Little's law the batch is the arrivals times how long an answer takes:
+  with ``o`` output tokens a conversation and ``c`` tokens of context, decode takes
+  ``o * a / (1 - p - arrivals * o * b * c)`` seconds. First prompts queue for their kind (M/D/1),
+  and what counts is the wait that one in twenty exceeds, about three times the mean.
+
+The shorter conversation decides; where neither mode carries the load, the one that carries more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 from conserve_serving.core.types import Tier
 from conserve_serving.core.views import EngineView, LoadView
 
-#: A tier that hosts is dedicated when that carries so much more.
-_MARGIN = 1.1
+#: The other mode must be better by so much before it is taken: conversations cannot be sent away.
+_MARGIN = 1.05
 #: A link that would be busier than this is no base for a dedicated tier.
 _LINK_SHARE = 0.8
+#: Prompt tokens computed in one step, about: engines' usual chunks are 2,048 to 8,192.
+_CHUNK_TOKENS = 4096.0
+#: The 95th percentile of a queue's waits over their mean: 3.0 where they are exponential.
+_TAIL = 3.0
 #: Decode batches beyond this are not counted on.
 _MAX_BATCH = 64.0
 
 
 class Seconds(NamedTuple):
-    """One engine's time for one conversation."""
+    """One engine's time for one conversation: its first prompt, its appends, its answers at the
+    batch that the KV allows, its first hand-off. Prefill beside decodes, their slow-down in it."""
 
     first_s: float
-    tail_s: float
+    append_s: float
+    decode_s: float
     handoff_s: float
 
+    @property
+    def tail_s(self) -> float:
+        """All but the first prompt."""
+        return self.append_s + self.decode_s
 
-def seconds_for(engine: EngineView, load: LoadView) -> Seconds:
+    @property
+    def whole_s(self) -> float:
+        """All of it."""
+        return self.first_s + self.append_s + self.decode_s
+
+
+def step_s(engine: EngineView, kv_tokens: float, peers: Sequence[EngineView]) -> float:
+    """A decode step; of an engine that has not decoded yet, as it was believed to be, corrected by
+    what its peers' steps turned out to take compared with what was believed of them."""
+    believed_s = engine.decode_step_s(kv_tokens)
+    if engine.decode_bias(kv_tokens) is not None:
+        return believed_s
+    known = [bias for peer in peers if (bias := peer.decode_bias(kv_tokens)) is not None]
+    return believed_s * (sum(known) / len(known) if known else 1.0)
+
+
+def seconds_for(engine: EngineView, load: LoadView, peers: Sequence[EngineView]) -> Seconds:
     """What a conversation of the usual shape takes of an engine's time."""
-    slowdown = engine.mixed_slowdown
     turns = max(load.tail_turns, 1e-9)
-    appends_s = turns * engine.prefill_s(load.tail_new_tokens / turns)
-    context_tokens = max(load.context_tokens, 1.0)
-    batch = min(max(engine.capacity_tokens / context_tokens, 1.0), _MAX_BATCH)
-    token_s = engine.decode_step_s(batch * context_tokens) / batch
+    batch = _batch(engine, load)
+    full_step_s = step_s(engine, batch * max(load.context_tokens, 1.0), peers)
+    slowdown = engine.mixed_slowdown
+    first_s = slowdown * engine.prefill_s(load.first_prompt_tokens)
+    append_s = slowdown * turns * engine.prefill_s(load.tail_new_tokens / turns)
+    # The decodes that share those steps are slowed down as well.
+    shared_s = (slowdown - 1.0) * full_step_s
     return Seconds(
-        first_s=engine.prefill_s(load.first_prompt_tokens) * slowdown,
-        tail_s=appends_s * slowdown + load.output_tokens * token_s,
+        first_s=first_s + shared_s * load.first_prompt_tokens / _CHUNK_TOKENS,
+        append_s=append_s + shared_s * turns,
+        decode_s=load.output_tokens * full_step_s / batch,
         handoff_s=engine.handoff_s(load.first_prompt_tokens),
     )
 
 
+def _batch(engine: EngineView, load: LoadView) -> float:
+    """Conversations that decode together when the KV is full."""
+    return min(max(engine.capacity_tokens / max(load.context_tokens, 1.0), 1.0), _MAX_BATCH)
+
+
+# --- what the cluster carries ---------------------------------------------------------------------
 def hosting_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
     """Conversations per second when every engine hosts."""
-    times = [seconds_for(engine, load) for engine in engines]
-    return sum(1.0 / (t.first_s + t.tail_s) for t in times)
+    return sum(1.0 / seconds_for(engine, load, engines).whole_s for engine in engines)
 
 
 def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
@@ -61,24 +104,96 @@ def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
     or its link is at its limit with ``x`` conversations a second, the time that their tails leave
     on the decode tier carries whole conversations more.
     """
-    prefill = [e for e in engines if e.tier is Tier.PREFILL]
-    decode = [seconds_for(e, load) for e in engines if e.tier is Tier.DECODE]
-    handed_per_s = 0.0
-    for engine in prefill:
-        times = seconds_for(engine, load)
-        # No decode runs beside these prompts.
-        alone_s = times.first_s / engine.mixed_slowdown
-        handed_per_s += min(1.0 / alone_s, _LINK_SHARE / times.handoff_s)
-    tails_per_s = sum(1.0 / t.tail_s for t in decode)
+    decode = [seconds_for(e, load, engines) for e in engines if e.tier is Tier.DECODE]
+    handed_per_s = sum(_handed_per_s(e, load) for e in engines if e.tier is Tier.PREFILL)
+    tails_per_s = sum(1.0 / times.tail_s for times in decode)
     if handed_per_s >= tails_per_s:
         return tails_per_s
     left = 1.0 - handed_per_s / tails_per_s
-    return handed_per_s + left * sum(1.0 / (t.first_s + t.tail_s) for t in decode)
+    return handed_per_s + left * sum(1.0 / times.whole_s for times in decode)
 
 
-def hosting_carries_more(engines: Sequence[EngineView], load: LoadView, *, hosting: bool) -> bool:
-    """Whether the prefill tier should host, with hysteresis around what it does now."""
-    dedicated_rate, hosting_rate = dedicated_per_s(engines, load), hosting_per_s(engines, load)
-    # Conversations cannot be sent away at once, so the other mode must be clearly better; and what
-    # is even is better hosted: an engine that hosts is never idle for want of first prompts.
-    return dedicated_rate <= hosting_rate * (_MARGIN if hosting else 1.0)
+def _handed_per_s(engine: EngineView, load: LoadView) -> float:
+    """First prompts per second that a prefiller computes, nothing beside them, and hands over."""
+    alone_s = engine.prefill_s(load.first_prompt_tokens)
+    return min(1.0 / alone_s, _LINK_SHARE / engine.handoff_s(load.first_prompt_tokens))
+
+
+# --- how long a conversation takes ----------------------------------------------------------------
+def hosting_s(engines: Sequence[EngineView], load: LoadView) -> float:
+    """Mean time of a conversation, gaps apart, when every engine hosts at its own speed."""
+    carried = hosting_per_s(engines, load)
+    total_s = 0.0
+    for engine in engines:
+        times = seconds_for(engine, load, engines)
+        share = 1.0 / times.whole_s / carried
+        arrivals = share * load.conversations_per_s
+        waits_s = _waits_s(times.first_s, arrivals * times.first_s)
+        total_s += share * waits_s
+        total_s += share * _served_s(
+            engine, load, engines, arrivals_per_s=arrivals, prefill_s=times.first_s + times.append_s
+        )
+    return total_s
+
+
+def dedicated_s(engines: Sequence[EngineView], load: LoadView) -> float:
+    """The same when the prefill tier only prefills; infinite when it cannot keep up."""
+    prefill = [e for e in engines if e.tier is Tier.PREFILL]
+    decode = [e for e in engines if e.tier is Tier.DECODE]
+    handed_per_s = sum(_handed_per_s(engine, load) for engine in prefill)
+    tails_per_s = sum(1.0 / seconds_for(engine, load, engines).tail_s for engine in decode)
+    busy = load.conversations_per_s / handed_per_s if handed_per_s else inf
+    if busy >= 1.0 or not tails_per_s:
+        return inf
+    total_s = 0.0
+    for engine in prefill:
+        times = seconds_for(engine, load, engines)
+        alone_s = engine.prefill_s(load.first_prompt_tokens)
+        share = _handed_per_s(engine, load) / handed_per_s
+        total_s += share * (alone_s + _waits_s(alone_s, busy) + times.handoff_s)
+    for engine in decode:
+        times = seconds_for(engine, load, engines)
+        share = 1.0 / times.tail_s / tails_per_s
+        arrivals = share * load.conversations_per_s
+        total_s += share * _served_s(
+            engine, load, engines, arrivals_per_s=arrivals, prefill_s=times.append_s
+        )
+    return total_s
+
+
+def _waits_s(prompt_s: float, busy: float) -> float:
+    """A long wait for others' prompts of that length, on an engine so busy with them."""
+    return _TAIL * prompt_s * busy / (2.0 * (1.0 - busy)) if busy < 1.0 else inf
+
+
+def _served_s(
+    engine: EngineView,
+    load: LoadView,
+    peers: Sequence[EngineView],
+    *,
+    arrivals_per_s: float,
+    prefill_s: float,
+) -> float:
+    """Time of a conversation on an engine that computes ``prefill_s`` of prompts for each."""
+    left = 1.0 - arrivals_per_s * prefill_s
+    context_tokens = max(load.context_tokens, 1.0)
+    full = _batch(engine, load) * context_tokens
+    base_s = step_s(engine, 0.0, peers)
+    per_token_s = (step_s(engine, full, peers) - base_s) / full
+    outputs = arrivals_per_s * load.output_tokens
+    for_weights = left - outputs * per_token_s * context_tokens
+    if left <= 0.0 or for_weights <= 0.0:
+        return inf
+    decode_s = load.output_tokens * base_s / for_weights
+    if arrivals_per_s * decode_s > _batch(engine, load):
+        return inf
+    return prefill_s / left + decode_s
+
+
+def should_host(engines: Sequence[EngineView], load: LoadView, *, hosting: bool) -> bool:
+    """Whether the prefill tier should host, with a margin around what it does now."""
+    margin = _MARGIN if hosting else 1.0 / _MARGIN
+    dedicated, hosted = dedicated_s(engines, load), hosting_s(engines, load)
+    if min(dedicated, hosted) < inf:
+        return hosted < dedicated * margin
+    return hosting_per_s(engines, load) * margin > dedicated_per_s(engines, load)

@@ -9,15 +9,15 @@ The rule stays: turn 1 where compute is plentiful, one hand-off, one decoder. Be
   own; it is computed on the prefill tier when that brings its first token earlier.
 - **Bounded re-pin**: at a turn boundary a conversation leaves an engine, with its KV, when its next
   answer gains more than twice what the copy costs, and a second.
-- **Dedicate or host** (tier mode ``auto``): the prefill tier holds conversations, too, unless the
-  cluster carries more with it prefilling only (`policies.advantage`).
+- **Dedicate or host** (tier mode ``auto``): the prefill tier holds conversations, too, unless they
+  take less time with it prefilling only, at the rate at which they arrive (`policies.advantage`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conserve_serving.core.policies.advantage import hosting_carries_more
+from conserve_serving.core.policies.advantage import should_host
 from conserve_serving.core.policies.collocated import move_gains_s
 from conserve_serving.core.policies.common import (
     conversation_s,
@@ -96,4 +96,4 @@ class ConServePlus(ConServe):
     def prefill_tier_hosts(
         self, engines: Sequence[EngineView], load: LoadView, *, hosting: bool
     ) -> bool:
-        return self._auto and hosting_carries_more(engines, load, hosting=hosting)
+        return self._auto and should_host(engines, load, hosting=hosting)
