@@ -200,3 +200,32 @@ def test_at_rate_changes_the_rate_alone() -> None:
     assert other.workload == replace(one.workload, rate_per_s=2.5)
     assert other.share_of_capacity == 0.8
     assert replace(other, workload=one.workload, share_of_capacity=None) == one
+
+
+@given(st.floats(0.2, 5.0), st.floats(1.01, 2.0))
+def test_a_good_guess_and_what_is_known_save_runs(capacity: float, step: float) -> None:
+    def met(rate: float) -> dict:
+        return row(cell(), slo={"ttfet": float(rate <= capacity)})
+
+    one = GoodputSearch(target=Target.TTFET, start_per_s=1.0, step=step, tolerance=0.1)
+    one.know(0.15, met(0.15))
+    one.know(6.0, met(6.0))
+    while (rate := one.next_rate) is not None:
+        assert 0.15 < rate < 6.0
+        one.tell(rate, met(rate))
+    assert one.rate_per_s is not None and one.rate_per_s <= capacity <= one.rate_per_s * 1.1
+    near = GoodputSearch(target=Target.TTFET, start_per_s=capacity * 0.97, step=1.1, tolerance=0.1)
+    while (rate := near.next_rate) is not None:
+        near.tell(rate, met(rate))
+    assert len(near.tried) == 2
+
+
+def test_nothing_beyond_floor_and_ceiling_is_tried() -> None:
+    for met, ends in ((1.0, 3.0), (0.0, 0.4)):
+        one = GoodputSearch(
+            target=Target.ANY, start_per_s=1.0, step=1.2, floor_per_s=0.4, ceiling_per_s=3.0
+        )
+        while (rate := one.next_rate) is not None:
+            one.tell(rate, row(cell(), slo={"all": met}))
+        assert one.tried[-1] == ends
+        assert one.tried[1] == pytest.approx(1.2 if met else 1 / 1.2)

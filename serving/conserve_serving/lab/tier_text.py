@@ -30,7 +30,7 @@ WORDS: Final = {
     Verdict.WIN: "wins",
     Verdict.TIE: "ties",
     Verdict.LOSS: "loses",
-    Verdict.UNKNOWN: "one seed says nothing",
+    Verdict.UNKNOWN: "(one seed: no verdict)",
 }
 _PARTS: Final = {
     "prefill": "first prompts on the prefill tier",
@@ -121,7 +121,9 @@ def _arithmetic(site: SiteVerdict, capacity: ClusterCapacity) -> str:
     if capacity.bottleneck == "link" or capacity.link_busy >= 0.8:
         return f"{sums}: hosting is right, for the link is too slow to hand over every first turn."
     if site.equal:
-        return f"{sums}: hosting is right, for equal engines gain nothing from being set apart."
+        return (
+            f"{sums}: hosting is right, for equal engines have to gain a tenth by being set apart."
+        )
     if capacity.bottleneck == "decode":
         return (
             f"{sums}: hosting is right{_advantage(site)}; {bound} bind, and the strong engine "
