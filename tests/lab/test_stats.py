@@ -116,6 +116,14 @@ def test_a_wider_margin_makes_a_win_a_tie() -> None:
     assert verdict(of, higher_is_better=False, margin=0.15) is Verdict.TIE
 
 
+def test_a_difference_is_judged_around_none() -> None:
+    of = Estimate(value=-0.3, low=-0.4, high=-0.2, n=12)
+    assert verdict(of, higher_is_better=True, none=0.0) is Verdict.LOSS
+    assert verdict(of, higher_is_better=False, none=0.0) is Verdict.WIN
+    small = Estimate(value=0.015, low=0.01, high=0.018, n=12)
+    assert verdict(small, higher_is_better=True, none=0.0) is Verdict.TIE
+
+
 def test_one_seed_says_nothing() -> None:
     found = ratio([1.0], [2.0])
     assert found.value == 0.5

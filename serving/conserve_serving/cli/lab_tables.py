@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conserve_serving.lab.goodput import Target
-from conserve_serving.lab.stats import Estimate, Verdict, mean, ratio, verdict
+from conserve_serving.lab.stats import Estimate, Verdict, difference, mean, ratio, verdict
 from conserve_serving.replay.report import format_number, format_seconds
 
 Row = Mapping[str, Any]
@@ -190,11 +190,16 @@ def _notes(row: Row) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A column: where it is in a row, and which way is better."""
+    """A column: where it is in a row, and which way is better.
+
+    A ``share`` is shown in per cent and compared by percentage points: next to none, twice as many
+    are still next to none.
+    """
 
     title: str
     of: Callable[[Row], float | None]
     higher_is_better: bool = False
+    share: bool = False
 
 
 def _p95(name: str) -> Callable[[Row], float | None]:
@@ -206,7 +211,12 @@ FIGURES: Final = (
     Figure(title="first-turn TTFT p95\n/ idle", of=_p95("first_turn_ttft_s_normalized")),
     Figure(title="last-turn TBT p95\n/ idle", of=_p95("last_turn_tbt_s_normalized")),
     Figure(title="E2E p95\n/ idle", of=_p95("e2e_s_normalized")),
-    Figure(title="share\nwithin SLO", of=lambda row: row["slo"]["all"], higher_is_better=True),
+    Figure(
+        title="%\nwithin SLO",
+        of=lambda row: row["slo"]["all"],
+        higher_is_better=True,
+        share=True,
+    ),
     Figure(title="tokens\nper joule", of=lambda row: row["tokens_per_j"], higher_is_better=True),
 )
 
@@ -274,14 +284,21 @@ def _compared(figure: Figure, ours: Mapping[int, Row], theirs: Mapping[int, Row]
     values = {seed: value for seed, row in ours.items() if (value := figure.of(row)) is not None}
     if not values:
         return Text("–")
-    text = Text(_interval(mean(list(values.values())), format_number))
+    say = _hundredths if figure.share else format_number
+    text = Text(_interval(mean(list(values.values())), say))
     others = {seed: value for seed, row in theirs.items() if (value := figure.of(row)) is not None}
-    paired = [seed for seed in values if others.get(seed)]
-    if paired:
-        found = ratio([values[seed] for seed in paired], [others[seed] for seed in paired])
-        said = verdict(found, higher_is_better=figure.higher_is_better)
-        text.append("\n")
-        text.append(_change(found), style=_STYLE.get(said, "dim"))
+    paired = [seed for seed in values if seed in others]
+    a, b = [values[seed] for seed in paired], [others[seed] for seed in paired]
+    if not paired or not (figure.share or min(b) > 0):
+        return text
+    found = difference(a, b) if figure.share else ratio(a, b)
+    none = 0.0 if figure.share else 1.0
+    said = verdict(found, higher_is_better=figure.higher_is_better, none=none)
+    text.append("\n")
+    text.append(
+        _change(found, none=none, unit="pp" if figure.share else "%"),
+        style=_STYLE.get(said, "dim"),
+    )
     return text
 
 
@@ -324,14 +341,18 @@ def _interval(of: Estimate, say: Callable[[float], str]) -> str:
     return say(of.value) if of.n < 2 else f"{say(of.value)} [{say(of.low)}, {say(of.high)}]"
 
 
-def _change(of: Estimate) -> str:
+def _change(of: Estimate, *, none: float = 1.0, unit: str = "%") -> str:
     def percent(value: float) -> str:
-        change = 100 * (value - 1)
+        change = 100 * (value - none)
         return f"{change:+.1f}" if abs(change) < 9.95 else f"{change:+.0f}"
 
     if of.n < 2:
-        return f"{percent(of.value)} %"
-    return f"{percent(of.value)} % [{percent(of.low)}, {percent(of.high)}]"
+        return f"{percent(of.value)} {unit}"
+    return f"{percent(of.value)} {unit} [{percent(of.low)}, {percent(of.high)}]"
+
+
+def _hundredths(share: float) -> str:
+    return f"{100 * share:.3g}"
 
 
 # --- words ----------------------------------------------------------------------------------------

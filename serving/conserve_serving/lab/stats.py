@@ -94,21 +94,25 @@ def difference(
     return _estimate(float(gap.mean()), gap[draws].mean(axis=1), n=len(gap))
 
 
-def verdict(of: Estimate, *, higher_is_better: bool, margin: float = MARGIN) -> Verdict:
-    """What a ratio of ours to theirs says.
+def verdict(
+    of: Estimate, *, higher_is_better: bool, margin: float = MARGIN, none: float = 1.0
+) -> Verdict:
+    """What a ratio of ours to theirs, or a difference, says.
 
-    A win or a loss needs both: the interval excludes 1, and the effect is beyond the margin.
+    A win or a loss needs both: the interval excludes "no effect", and the effect is beyond the
+    margin.
 
     Args:
-        of: from :func:`ratio`.
+        of: from :func:`ratio` or :func:`difference`.
         higher_is_better: true for tokens per joule and goodput, false for latencies.
-        margin: effects up to this share are ties.
+        margin: effects up to this are ties.
+        none: what no effect is: 1 of a ratio, 0 of a difference.
     """
     if of.n < 2:
         return Verdict.UNKNOWN
-    if of.low <= 1.0 <= of.high or abs(of.value - 1.0) <= margin:
+    if of.low <= none <= of.high or abs(of.value - none) <= margin:
         return Verdict.TIE
-    return Verdict.WIN if (of.value > 1.0) == higher_is_better else Verdict.LOSS
+    return Verdict.WIN if (of.value > none) == higher_is_better else Verdict.LOSS
 
 
 @lru_cache(maxsize=16)
