@@ -59,7 +59,7 @@ TOLERANCE: Final = 0.1
 #: The first load tried, as a share of what the contender can carry by arithmetic.
 _GUESS: Final = 0.65
 #: Nothing above so many times what can be carried by any mode: no queue would ever empty.
-_CEILING: Final = 2.0
+_CEILING: Final = 1.5
 #: What carries less than this share of the guess carries nothing worth a table.
 _FLOOR: Final = 1 / 16
 _FIRST_STEP: Final = 1.4
