@@ -19,7 +19,7 @@ from conserve_serving.lab.clusters import ClusterSpec, cluster
 from conserve_serving.lab.contenders import contender
 from conserve_serving.lab.report import lines, losses, sensitivity, tiers
 from conserve_serving.lab.report.context import Context
-from conserve_serving.lab.report.document import Figure, Note, Section, Table, Tone
+from conserve_serving.lab.report.document import Cell, Figure, Note, Section, Table, Tone
 from conserve_serving.lab.report.metrics import SLO_ALL
 from conserve_serving.lab.report.reached import crossing, goodput
 from conserve_serving.lab.report.rows import Rows, workload_name
@@ -275,3 +275,18 @@ def test_labels_keep_their_order_their_distance_and_the_limits(wanted: list[floa
     assert placed == sorted(placed)
     assert all(-1e-6 <= y <= 200 + 1e-6 for y in placed)
     assert all(b - a >= 10 - 1e-6 for a, b in itertools.pairwise(placed))
+
+
+def test_verdicts_that_are_given_stand_instead_of_the_report_s_own() -> None:
+    context = Context.of(Rows(made.rows(("conserve", "collocated"), (1.0, 2.0), 2)))
+    own = Table(columns=("verdict",), rows=((Cell("wins"),),), caption="given")
+    captions = [table.caption for table in tables(tiers.section(context, {}, verdicts=[own]))]
+    assert captions == ["given", "The figures"]
+
+
+def test_latencies_are_compared_at_a_load_that_all_were_run_at() -> None:
+    rows = slo_rows({"conserve": 2.1, "collocated": 2.1}, (1.0, 1.5, 2.5))
+    searched = made.row(policy="conserve", rate_per_s=1.75, seed=0)
+    context = Context.of(Rows([*rows, searched]))
+    verdicts = tables(tiers.section(context, {}))[0]
+    assert verdicts.rows[0][verdicts.columns.index("load")].text == "1.5"

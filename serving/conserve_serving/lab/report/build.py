@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from conserve_serving.lab.errors import LabError
@@ -75,7 +74,8 @@ def render(
         capacities: what each cluster's parts can carry; None: counted here, which reads the
             workloads.
         conditions_given: assumptions and circumstances that the rows do not have.
-        verdicts: what stands first in the section on clusters (``lab.tier_text``).
+        verdicts: who wins on which cluster, instead of the report's own tables that say so
+            (``lab.tier_tables``).
         sections: which, in the page's order whatever the order here.
 
     Returns:
@@ -99,7 +99,7 @@ def render(
         "claims": lambda: paperside.section(claims),
         "curves": lambda: curves.section(context),
         "bars": lambda: atrate.section(context, paper=paper),
-        "tiers": lambda: _after(verdicts, tiers.section(context, capacities or {}, uncounted)),
+        "tiers": lambda: tiers.section(context, capacities or {}, uncounted, verdicts=verdicts),
         "losses": lambda: losses.section(context, met),
         "sensitivity": lambda: sensitivity.section(context),
         "where": lambda: where.section(context),
@@ -121,7 +121,3 @@ def render(
             "is the most. Give fewer rows or fewer sections, or several reports."
         )
     return Report(html=html, markdown=to_markdown(**arguments))
-
-
-def _after(first: Sequence[Block], section: Section) -> Section:
-    return replace(section, blocks=(*first, *section.blocks))

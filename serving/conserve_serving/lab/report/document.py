@@ -132,6 +132,7 @@ class Claim:
         unit: of ``ours``, where that is an estimate.
         outcome: whether it holds.
         loads: at which loads it does.
+        reached: the same in a few words.
         reason: why ours differs.
     """
 
@@ -141,6 +142,7 @@ class Claim:
     outcome: Outcome
     unit: str = ""
     loads: str = ""
+    reached: str = ""
     reason: str = ""
 
 

@@ -153,7 +153,7 @@ class Rows:
         return self._policies[contender]
 
     def rates(self, place: Place, contender: str | None = None) -> list[float]:
-        """Loads run at ``place``, ascending, under half of a contender's seeds or more.
+        """Loads run at ``place``, ascending, under half of a contender's seeds, and two, or more.
 
         A search for the goodput tries loads of its own under each seed; those, and loads that are
         a share of somebody's capacity, are no points of a curve.
@@ -164,10 +164,14 @@ class Rows:
                 for (where, label, rate), seeds in self._at.items()
                 if where == place
                 and contender in {None, label}
-                and 2 * len(seeds) >= self._most_seeds[place, label]
+                and self._enough(len(seeds), self._most_seeds[place, label])
                 and not all(row.share_of_capacity for row in seeds.values())
             }
         )
+
+    @staticmethod
+    def _enough(seeds: int, most: int) -> bool:
+        return 2 * seeds >= most and (seeds > 1 or most == 1)
 
     def by_seed(self, place: Place, contender: str) -> dict[int, list[Row]]:
         """Every row of a contender at ``place`` by seed, ascending by load."""

@@ -44,11 +44,19 @@ def site_of(context: Context, place: Place) -> Site:
         (g.estimate.value for one in goodputs.values() if (g := one["Gany"]) is not None),
         default=None,
     )
-    rates = context.rows.rates(place)
-    rate = None
-    if best is not None and rates:
-        rate = max((r for r in rates if r <= LOAD_SHARE * best * 1.001), default=rates[0])
+    rate = None if best is None else _load(context, place, LOAD_SHARE * best)
     return Site(place=place, hardware=hardware(context, place), goodputs=goodputs, rate_per_s=rate)
+
+
+def _load(context: Context, place: Place, highest_per_s: float) -> float | None:
+    """The highest load up to a limit, of those that most runs have; else the lowest of these."""
+    runs = {
+        rate: sum(len(context.rows.at(place, label, rate)) for label in context.rows.contenders())
+        for rate in context.rows.rates(place)
+    }
+    most = max(runs.values(), default=0)
+    common = [rate for rate, count in runs.items() if 2 * count > most]
+    return max((r for r in common if r <= highest_per_s * 1.001), default=min(common, default=None))
 
 
 def say_goodput(found: Goodput | None) -> str:

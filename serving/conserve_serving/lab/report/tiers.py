@@ -48,7 +48,11 @@ _MARKS: Final = (
 
 
 def section(
-    context: Context, capacities: Capacities, uncounted: Mapping[str, str] | None = None
+    context: Context,
+    capacities: Capacities,
+    uncounted: Mapping[str, str] | None = None,
+    *,
+    verdicts: Sequence[Block] = (),
 ) -> Section:
     """All clusters; without a cluster of unlike tiers it still says what each carries.
 
@@ -56,16 +60,15 @@ def section(
         context: the rows.
         capacities: what the parts of each cluster can carry.
         uncounted: why some have none.
+        verdicts: who wins, in the caller's words; instead of the tables that say so here.
     """
     sites = [site_of(context, place) for place in context.rows.main_places()]
     known = [site for site in sites if any(any(g.values()) for g in site.goodputs.values())]
-    blocks: list[Block] = []
+    blocks: list[Block] = [*verdicts]
+    if known and not verdicts:
+        blocks += [_verdicts(context, known, capacities), *economy(context, known)]
     if known:
-        blocks += [
-            _verdicts(context, known, capacities),
-            *economy(context, known),
-            _numbers(context, known),
-        ]
+        blocks.append(_numbers(context, known))
     missing = [site.place.title for site in sites if site not in known]
     if missing:
         blocks.append(
@@ -248,7 +251,7 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
                     )
                     for site, found in counted
                 ],
-                title=f"{workload}, conversations/s",
+                title=workload,
                 cut=1.5 * max(_busiest(found) for _, found in counted),
                 label=f"Capacity of each part, {workload}",
             )
@@ -264,7 +267,8 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
     if drawn:
         yield Figure(
             title="What each part can carry",
-            help="By arithmetic, from the profiles and the workload's lengths; no queue is in it. "
+            help="Conversations per second, by arithmetic, from the profiles and the workload's "
+            "lengths; no queue is in it. "
             "Dedicated tiers carry the least of the three bars (dark line); where every engine "
             "does everything it is the other line.",
             panels=tuple(drawn),
