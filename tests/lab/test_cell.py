@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from conserve_serving.core.events import Event, TurnArrived
 from conserve_serving.core.policies import POLICIES
 from conserve_serving.lab.cell import Cell, cell_from_json, run_cell
 from conserve_serving.lab.clusters import cluster
@@ -161,6 +162,22 @@ def test_interference_and_link_reach_the_engines(row: dict) -> None:
     thin, own = run_cell(cell(always, link="tcp_25g")), run_cell(cell(always))
     assert thin["engines"]["p0"]["egress"] > 3 * own["engines"]["p0"]["egress"]
     assert thin["where"]["all"]["handoff"] > 3 * own["where"]["all"]["handoff"]
+
+
+def test_nobody_is_told_what_only_an_oracle_knows() -> None:
+    """Not as a request's own limit either, which a replay sets to the true output."""
+
+    def arrivals(name: str) -> list[TurnArrived]:
+        seen: list[Event] = []
+        run_cell(cell(name, conversations=10), observer=lambda _, event, __: seen.append(event))
+        return [event for event in seen if isinstance(event, TurnArrived)]
+
+    for arrived in arrivals("conserve"):
+        assert arrived.max_output_tokens is None
+        assert arrived.predicted_output_tokens is None
+        assert arrived.foreseen_tokens == 0
+    assert all(arrived.predicted_output_tokens for arrived in arrivals("per_turn-perfect"))
+    assert all(arrived.foreseen_tokens for arrived in arrivals("oracle"))
 
 
 def test_nothing_is_refused_however_long_it_waits() -> None:

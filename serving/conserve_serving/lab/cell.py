@@ -34,6 +34,7 @@ from conserve_serving.simulator import (
     SimulatedTurn,
     VirtualCluster,
 )
+from conserve_serving.simulator.cluster import Observer
 
 #: Folders that no figure depends on.
 _OTHER_CODE: Final = frozenset({"__pycache__", "emulated", "report", "sglang", "templates"})
@@ -118,12 +119,21 @@ def _sources(folder: Traversable, name: str) -> Iterator[tuple[str, bytes]]:
             yield path, entry.read_bytes()
 
 
-def run_cell(cell: Cell, *, on_progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+def run_cell(
+    cell: Cell,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
     """Run one cell.
+
+    No turn arrives with a limit on its output: the trace's true length, which a replay sends as
+    one, would tell the scheduler what only an oracle knows.
 
     Args:
         cell: what to run.
         on_progress: told how many turns are done, from time to time.
+        observer: told of each event and what was decided.
 
     Returns:
         The figures as plain JSON data, in the form that ``docs/laboratory.md`` describes.
@@ -155,6 +165,8 @@ def run_cell(cell: Cell, *, on_progress: Callable[[int], None] | None = None) ->
         engines,
         on_turn=meter.on_turn,
         on_progress=on_progress,
+        observer=observer,
+        output_limits=False,
     )
     training: tuple[Conversation, ...] = ()
     if contender.predictor == "realistic":

@@ -58,6 +58,8 @@ class VirtualCluster:
         stall_s: a run in which turns are under way and none of them ends for so much virtual time
             is a deadlock.
         single_steps: never let decode steps run together: the same results, much slower.
+        output_limits: a turn arrives with what it will generate as the request's own limit, as a
+            replay through a gateway sends it; False: it has no limit, and nobody is told.
 
     Raises:
         SimulationError: the engines cannot work together.
@@ -75,6 +77,7 @@ class VirtualCluster:
         retry_refused: bool = False,
         stall_s: float = 14_400.0,
         single_steps: bool = False,
+        output_limits: bool = True,
     ) -> None:
         self.scheduler = scheduler
         self.results: list[TurnResult] = []
@@ -82,6 +85,7 @@ class VirtualCluster:
         self._on_turn = on_turn
         self._on_progress = on_progress
         self._retry_refused = retry_refused
+        self._output_limits = output_limits
         self._report_interval_s = report_interval_s
         self._stall_s = stall_s
         self._agenda = Agenda()
@@ -317,7 +321,7 @@ class VirtualCluster:
                 prompt_tokens=wanted.prompt_tokens,
                 prompt_exact=True,
                 reusable_tokens=turn.kept if turn.rewritten else None,
-                max_output_tokens=wanted.output_tokens,
+                max_output_tokens=wanted.output_tokens if self._output_limits else None,
                 parent=spec.parent,
                 predicted_output_tokens=wanted.predicted_output_tokens,
                 foreseen_tokens=spec.foreseen_tokens or 0,
