@@ -285,8 +285,9 @@ def test_verdicts_that_are_given_stand_instead_of_the_report_s_own() -> None:
 
 
 def test_latencies_are_compared_at_a_load_that_all_were_run_at() -> None:
-    rows = slo_rows({"conserve": 2.1, "collocated": 2.1}, (1.0, 1.5, 2.5))
-    searched = made.row(policy="conserve", rate_per_s=1.75, seed=0)
-    context = Context.of(Rows([*rows, searched]))
+    rows = slo_rows({"conserve": 2.1, "collocated": 2.1}, (1.0, 1.5, 2.0, 2.5))
+    searched = [made.row(policy="conserve", rate_per_s=1.6, seed=seed) for seed in range(2)]
+    context = Context.of(Rows([*rows, *searched]))
+    assert 1.6 in context.rows.rates(context.rows.places()[0])
     verdicts = tables(tiers.section(context, {}))[0]
     assert verdicts.rows[0][verdicts.columns.index("load")].text == "1.5"
