@@ -183,12 +183,17 @@ def _write(
     if json_path is not None:
         text = json.dumps(figures(Rows(rows), made), indent=1)
         json_path.write_text(text + "\n", "utf-8")
+    spec = chosen[0].cells[0].workload
+    workload = Path(spec.source).name.split(".")[0]
+    if spec.max_turns:
+        workload += f", first {spec.max_turns} turns"
     loads = {cell.workload.rate_per_s for study in chosen for cell in study.cells}
     paper = RATE_PER_S in loads
     report = render(
         rows,
         title="The paper's claims, asked again",
-        subtitle="ConServe and its rivals, through the scheduler that serves, in virtual time",
+        subtitle=f"{workload}: ConServe and its rivals, through the scheduler that serves, in "
+        "virtual time",
         claims=made,
         paper=PAPER if paper else (),
         rate_per_s=RATE_PER_S if paper else None,
@@ -199,12 +204,13 @@ def _write(
 
 
 def claim_table(made: list[Claim]) -> Table:
-    """The claims for a terminal."""
-    table = Table(title="The paper's claims beside ours (at the highest load; 95 % intervals)")
-    for name in ("claim", "paper", "ours", "met?", "at which loads"):
-        table.add_column(name, overflow="fold")
+    """The claims for a terminal; the report has every load and the reasons."""
+    table = Table(title="The paper's claims beside ours: change at the highest load, 95 % interval")
+    table.add_column("claim")
+    for name in ("paper", "ours", "met?", "reached at"):
+        table.add_column(name)
     for one in made:
         ours = one.ours if isinstance(one.ours, str) else say(one.ours, one.unit)
         style = _STYLES.get(one.outcome, "")
-        table.add_row(one.claim, one.paper, ours, f"[{style}]{one.outcome}[/]", one.loads)
+        table.add_row(one.claim, one.paper, ours, f"[{style}]{one.outcome}[/]", one.reached)
     return table

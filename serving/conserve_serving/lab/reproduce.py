@@ -20,9 +20,15 @@ from conserve_serving.lab.report.metrics import (
     TTFET,
     Metric,
 )
-from conserve_serving.lab.report.rows import Comparison, Place, Rows, compare, say_rate
+from conserve_serving.lab.report.rows import (
+    Comparison,
+    Place,
+    Rows,
+    compare,
+    say_interference,
+    say_rate,
+)
 from conserve_serving.lab.stats import Estimate, Verdict
-from conserve_serving.lab.studies import PAPER_CONVERSATIONS
 
 #: The paper's headline figures (arXiv 2606.01839), as changes.
 TTFET_CHANGE: Final = -0.5108
@@ -32,9 +38,8 @@ TIERS_CHANGE: Final = 0.2275
 _BASELINE: Final = "per_turn-10-wrong"
 _GREEDY: Final = "per_turn-greedy-10-wrong"
 _NAMES: Final = {
-    _BASELINE: "per-turn prediction, 10 % wrong",
-    _GREEDY: "the same, each turn for itself (greedy)",
-    "collocated": "collocated, least KV",
+    _BASELINE: "per-turn, 10 % wrong",
+    _GREEDY: "greedy per-turn, 10 % wrong",
 }
 _WHY_TTFET: Final = (
     "Prefill queues and transfers are in (the paper joined its prefill and decode runs "
@@ -81,7 +86,7 @@ def _latency_claims(rows: Rows, place: Place, ours: str) -> Iterable[Claim]:
         met = _by_rate(rows, place, ours, rival, TTFET)
         if met:
             yield _claim(
-                f"p95 TTFET of {ours} against {_NAMES[rival]}; {_where(place)}",
+                f"p95 TTFET, {ours} against {_NAMES[rival]}: {_where(place)}",
                 "−51.08 % (at 1.634/s)",
                 met,
                 reached=lambda change: change <= TTFET_CHANGE,
@@ -101,7 +106,7 @@ def _energy_claims(rows: Rows, place: Place, ours: str) -> Iterable[Claim]:
         if (one := rows.compare(place, ours, _BASELINE, top, metric)) is not None
     ]
     yield _claim(
-        f"tokens/J of {ours} against {_NAMES[_BASELINE]}; {_where(place)}",
+        f"tokens/J, {ours} against {_NAMES[_BASELINE]}: {_where(place)}",
         "+7.51 % (at 1.634/s)",
         met,
         reached=lambda change: change >= ENERGY_CHANGE,
@@ -117,12 +122,15 @@ def _tbt_claims(rows: Rows, place: Place, ours: str) -> Iterable[Claim]:
     worse = [rate for rate, one in met.items() if one.verdict is Verdict.LOSS]
     top = met[max(met)]
     yield Claim(
-        claim=f"p95 last-turn TBT of {ours} against {_NAMES[_BASELINE]}; {_where(place)}",
+        claim=f"p95 last-turn TBT, {ours} against {_NAMES[_BASELINE]}: {_where(place)}",
         paper="preserved",
         ours=_change(top),
         unit="%",
         outcome=_outcome(len(met) - len(worse), len(met)),
-        loads=_loads(met, lambda one: one.verdict is not Verdict.LOSS),
+        loads=_loads(met),
+        reached=_rates([rate for rate in met if rate not in worse])
+        if len(worse) < len(met)
+        else "nowhere",
         reason=_WHY_TBT,
     )
 
@@ -173,7 +181,7 @@ def _tier_claim(rows: Rows, ours: str, other: str, base: str, why: str) -> Itera
                 met[rate] = one
         if met:
             yield _claim(
-                f"tokens/J of {ours} on {other} against {theirs} on {base}; {_where(place)}",
+                f"tokens/J, {ours} on {other} against {theirs} on {base}: {_where(place)}",
                 "a further +22.75 %",
                 met,
                 reached=lambda change: change >= TIERS_CHANGE,
@@ -211,14 +219,15 @@ def _claim(
         outcome = Outcome.MET if len(at) == len(met) else Outcome.PARTLY
     else:
         outcome = Outcome.PARTLY if wins else Outcome.NOT_MET
-    loads = f"reached at {_rates(at)}; " if at else "reached nowhere; "
+    reached_at = _rates(at) if at else "nowhere"
     return Claim(
         claim=claim,
         paper=paper,
         ours=_change(met[max(met)]),
         unit="%",
         outcome=outcome,
-        loads=loads + "; ".join(_at(rate, one) for rate, one in sorted(met.items())),
+        loads=_loads(met),
+        reached=reached_at,
         reason=reason,
     )
 
@@ -227,10 +236,8 @@ def _at(rate: float, one: Comparison) -> str:
     return f"{say_rate(rate)}/s {_percent(one.ratio.value - 1)} ({one.verdict.value})"
 
 
-def _loads(met: Mapping[float, Comparison], holds: Any) -> str:
-    good = [rate for rate, one in met.items() if holds(one)]
-    listed = "; ".join(_at(rate, one) for rate, one in sorted(met.items()))
-    return f"holds at {_rates(good) if good else 'none'}; {listed}"
+def _loads(met: Mapping[float, Comparison]) -> str:
+    return "; ".join(_at(rate, one) for rate, one in sorted(met.items()))
 
 
 def _outcome(good: int, of: int) -> Outcome:
@@ -258,11 +265,11 @@ def _percent(change: float) -> str:
 
 
 def _where(place: Place) -> str:
-    transient = f"{PAPER_CONVERSATIONS} conversations" in place.workload
-    size = "as the paper sends them" if transient else "steady state"
-    slowdown = place.setting.mixed_slowdown
-    more = "" if slowdown == 1.0 else f", interference {100 * (slowdown - 1):+.0f} %"
-    return f"{place.workload} ({size}){more}"
+    """What tells the places of one workload apart."""
+    parts = [part for part in place.workload.split(", ") if "conversations" in part]
+    if place.setting.mixed_slowdown != 1.0:
+        parts.append(f"interference {say_interference(place.setting.mixed_slowdown)}")
+    return ", ".join(parts)
 
 
 # --- plain data -----------------------------------------------------------------------------------
@@ -299,6 +306,7 @@ def figures(rows: Rows, made: Sequence[Claim]) -> dict[str, Any]:
                 "paper": one.paper,
                 "ours_percent": _estimate(one.ours) if isinstance(one.ours, Estimate) else one.ours,
                 "outcome": one.outcome.value,
+                "reached": one.reached,
                 "loads": one.loads,
                 "reason": one.reason,
             }
