@@ -41,9 +41,9 @@ CONTENDERS: Final = (
 )
 #: Name → workload, with as many conversations as make a run of about 1,000 turns.
 WORKLOADS: Final[dict[str, WorkloadSpec]] = {
-    "swebench-5": WorkloadSpec(source="generated:swebench", max_turns=5, conversations=200),
-    "swebench": WorkloadSpec(source="generated:swebench", conversations=100),
-    "customer-service": WorkloadSpec(source="generated:customer-service", conversations=120),
+    "swebench-5": WorkloadSpec(source="generated:swebench", max_turns=5, conversations=160),
+    "swebench": WorkloadSpec(source="generated:swebench", conversations=80),
+    "customer-service": WorkloadSpec(source="generated:customer-service", conversations=100),
     "coding-agent": WorkloadSpec(
         source="generated:coding-agent", max_gap_s=120, until_reset=True, conversations=40
     ),
