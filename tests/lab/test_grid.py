@@ -198,6 +198,15 @@ def test_what_a_person_got_wrong_is_said_before_anything_runs() -> None:
             "nothing",
         ),
         (replace(cell, link="string"), LabError, "string"),
+        (
+            replace(  # a pool of one has nothing to learn from
+                cell,
+                contender=contender("per_turn-realistic"),
+                workload=replace(cell.workload, pool_size=1, split="test"),
+            ),
+            WorkloadError,
+            "no conversation is left",
+        ),
     ]
     for one, kind, text in wrong:
         with pytest.raises(kind, match=text):

@@ -92,7 +92,7 @@ def _run(cell: Cell, *, show_progress: bool) -> dict[str, Any]:
         disable=not show_progress,
         transient=True,
     )
-    pool = Pool.load(cell.workload).conversations
+    pool = Pool.load(cell.drawn).conversations
     count = cell.workload.conversations or len(pool)
     expected = count * sum(len(c.turns) for c in pool) / len(pool)
     task = bar.add_task("simulating", total=round(expected))

@@ -80,6 +80,14 @@ class Cell:
         """Names the cell: a hash of its JSON with sorted keys."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:20]
 
+    @property
+    def drawn(self) -> WorkloadSpec:
+        """The workload as it is drawn: cut to what every engine can hold, where it says nothing."""
+        spec = self.workload
+        if spec.max_context_tokens is not None:
+            return spec
+        return replace(spec, max_context_tokens=self.cluster.longest_context_tokens)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; :func:`cell_from_json` reads it back."""
         data: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
@@ -146,9 +154,7 @@ def run_cell(
     contender = cell.contender
     contender.check_policy()
     engines = cell.cluster.engines(mixed_slowdown=cell.mixed_slowdown, link=cell.link)
-    spec = cell.workload
-    if spec.max_context_tokens is None:
-        spec = replace(spec, max_context_tokens=cell.cluster.longest_context_tokens)
+    spec = cell.drawn
     pool = Pool.load(spec)
     ideals = _Ideals(cell, engines)
     meter = RunMeter()
@@ -170,7 +176,7 @@ def run_cell(
     )
     training: tuple[Conversation, ...] = ()
     if contender.predictor == "realistic":
-        training = Pool.load(replace(spec, split=Split.TUNE)).conversations
+        training = Pool.load(training_half(spec)).conversations
     cluster.feed(foretell(expected(), contender.predictor, training=training, seed=spec.seed))
     summary = cluster.run()
     row: dict[str, Any] = {
@@ -193,6 +199,11 @@ def run_cell(
     row |= _engines(summary)
     row["wall_s"] = time.perf_counter() - started_s
     return row
+
+
+def training_half(spec: WorkloadSpec) -> WorkloadSpec:
+    """What the realistic predictor has seen, whichever half the workload is."""
+    return replace(spec, split=Split.TUNE)
 
 
 class _Ideals:

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from conserve_serving.lab.cell import FORMAT, Cell, code_hash, run_cell
+from conserve_serving.lab.cell import FORMAT, Cell, code_hash, run_cell, training_half
 from conserve_serving.lab.clusters import ClusterSpec
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError, RunError
@@ -237,9 +237,13 @@ def _check(cells: Iterable[Cell]) -> None:
     for cell in cells:
         cell.contender.check_policy()
         cell.cluster.engines(mixed_slowdown=cell.mixed_slowdown, link=cell.link)
-        if cell.workload.pool_key not in pools:
-            pools.add(cell.workload.pool_key)
-            Pool.load(cell.workload)
+        needed = [cell.drawn]
+        if cell.contender.predictor == "realistic":
+            needed.append(training_half(cell.drawn))
+        for spec in needed:
+            if spec.pool_key not in pools:
+                pools.add(spec.pool_key)
+                Pool.load(spec)
 
 
 def _attempt(cell: Cell, run: Callable[[Cell], Row]) -> Row:
