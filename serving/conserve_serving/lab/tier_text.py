@@ -87,12 +87,14 @@ def why(site: SiteVerdict) -> str:
     said = [_arithmetic(site, capacity)]
     gain = _dedicating(site)
     if gain is not None:
-        says = capacity.dedicate
-        does = gain > 1 + MARGIN if says else gain >= 1 - MARGIN
-        agree = says == does
+        if abs(gain - 1) <= MARGIN:
+            judged = "no difference"
+        else:
+            agree = (gain > 1) == capacity.dedicate
+            judged = "as computed" if agree else "the arithmetic says otherwise"
         said.append(
             f"As run, conserve (dedicated) carries {_percent(gain)} of the best that hosts "
-            f"everywhere: {'as computed' if agree else 'the arithmetic says otherwise'}."
+            f"everywhere: {judged}."
         )
     if site.busy and not capacity.dedicate:
         idle = min(site.busy, key=lambda tier: site.busy[tier])
