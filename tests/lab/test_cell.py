@@ -82,6 +82,9 @@ def test_alone_a_conversation_is_at_its_ideal() -> None:
         assert ratios["p50"] == pytest.approx(1.0, abs=0.02)
         assert ratios["p99"] < 1.05
     assert alone["slo"]["all"] == 1.0
+    where = alone["where"]["all"]
+    for part in ("prefill", "decode"):
+        assert where[part] == pytest.approx(where[f"ideal_{part}"], rel=0.02)
 
 
 def test_the_ideal_is_the_replayers(row: dict) -> None:

@@ -14,7 +14,12 @@ from conserve_serving.replay.ideal import IdealLatency
 from conserve_serving.simulator import TurnResult
 
 IDEAL = IdealLatency(
-    first_turn_ttft_s=1.0, ttfet_s=5.2, last_turn_tbt_s=0.25, e2e_s=6.2, gaps_s=3.0
+    first_turn_ttft_s=1.0,
+    ttfet_s=5.2,
+    last_turn_tbt_s=0.25,
+    e2e_s=6.2,
+    gaps_s=3.0,
+    first_tokens_s=1.5,
 )
 
 
@@ -155,6 +160,8 @@ def test_where_the_time_goes_adds_up_to_ttfet() -> None:
     }
     assert where["ttfet_s"] == 30.0
     assert where["ideal_ttfet_s"] == 5.2
+    assert where["ideal_prefill"] == 1.5
+    assert where["ideal_decode"] == pytest.approx(5.2 - 3.0 - 1.5)
     assert where["conversations"] == 1
 
 

@@ -306,6 +306,7 @@ def test_ideal_of_one_engine_by_hand() -> None:
     assert ideal.e2e_s == pytest.approx(ideal.ttfet_s + turn_2_decode)
     assert ideal.last_turn_tbt_s == pytest.approx(turn_2_decode / 4)
     assert ideal.gaps_s == 3.0
+    assert ideal.first_tokens_s == pytest.approx(1.0 + 0.05)
 
 
 def test_ideal_takes_the_hand_off_only_where_it_pays() -> None:

@@ -150,9 +150,14 @@ def _where(row: Row) -> RenderableType:
         values = [where[name][part] for name in ("all", "p95", "p95_normalized")]
         if any(values):
             table.add_row(title, *(format_number(round(value, 3)) for value in values))
-    for key, title in (("ttfet_s", "TTFET"), ("ideal_ttfet_s", "alone, on the idle cluster")):
+    for key, title, style in (
+        ("ttfet_s", "TTFET", "bold"),
+        ("ideal_ttfet_s", "alone, on the idle cluster", "bold"),
+        ("ideal_prefill", "  of it prefill", ""),
+        ("ideal_decode", "  of it decode of earlier turns", ""),
+    ):
         values = [where[name][key] for name in ("all", "p95", "p95_normalized")]
-        table.add_row(title, *(format_number(round(value, 3)) for value in values), style="bold")
+        table.add_row(title, *(format_number(round(value, 3)) for value in values), style=style)
     return table
 
 

@@ -48,6 +48,8 @@ PARTS: Final = (
     "decode",
     "gaps",
 )
+#: What of it there is alone on an idle cluster; hand-off and the decoder's step are in ``prefill``.
+_ALONE: Final = ("prefill", "decode")
 _QUANTILES: Final = (0.50, 0.90, 0.95, 0.99)
 #: Arrivals and completions are counted between these shares of them.
 _MIDDLE: Final = (0.2, 0.8)
@@ -82,7 +84,7 @@ class RunMeter:
         self._ends: dict[str, array[float]] = {
             name: array("d") for name in ("arrived", "finished", *LATENCIES, *PARTS)
         }
-        self._ideals: dict[str, array[float]] = {name: array("d") for name in LATENCIES}
+        self._ideals: dict[str, array[float]] = {name: array("d") for name in (*LATENCIES, *_ALONE)}
         self._transfers = array("q")
         self._tail_ttft = array("d")
         self._tail_order = array("q")
@@ -160,6 +162,8 @@ class RunMeter:
         self._ideals["first_turn_ttft"].append(ideal.first_turn_ttft_s)
         self._ideals["last_turn_tbt"].append(math.nan if tbt_s is None else tbt_s)
         self._ideals["e2e"].append(ideal.e2e_s)
+        self._ideals["prefill"].append(ideal.first_tokens_s)
+        self._ideals["decode"].append(ideal.ttfet_s - ideal.gaps_s - ideal.first_tokens_s)
 
     # --- what came out -----------------------------------------------------------------------
     def figures(self, *, warmup_share: float) -> dict[str, Any]:
@@ -193,7 +197,7 @@ class RunMeter:
                 "max": int(moves.max()) if len(moves) else None,
             },
             "tokens": dict(self.tokens),
-            "where": _where(ends, ideals["ttfet"], ratios["ttfet"]),
+            "where": _where(ends, ideals, ratios["ttfet"]),
         }
 
     def _rates(self) -> dict[str, Any]:
@@ -283,7 +287,7 @@ def _attainment(ratios: dict[str, Column], *, missing: int) -> dict[str, float |
     return shares
 
 
-def _where(ends: dict[str, Column], ideal: Column, ratio: Column) -> dict[str, Any]:
+def _where(ends: dict[str, Column], ideals: dict[str, Column], ratio: Column) -> dict[str, Any]:
     """Mean seconds per conversation by part: of all, and of those at and beyond the p95."""
     ttfet = ends["ttfet"]
     if not len(ttfet):
@@ -297,7 +301,8 @@ def _where(ends: dict[str, Column], ideal: Column, ratio: Column) -> dict[str, A
         name: {
             **{part: float(ends[part][chosen].mean()) for part in PARTS},
             "ttfet_s": float(ttfet[chosen].mean()),
-            "ideal_ttfet_s": float(ideal[chosen].mean()),
+            "ideal_ttfet_s": float(ideals["ttfet"][chosen].mean()),
+            **{f"ideal_{part}": float(ideals[part][chosen].mean()) for part in _ALONE},
             "conversations": int(chosen.sum()),
         }
         for name, chosen in sets.items()

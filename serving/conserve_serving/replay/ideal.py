@@ -45,7 +45,8 @@ class IdealLatency:
     """Latencies of one conversation alone; gaps included, as they are in what is measured.
 
     ``last_turn_tbt_s`` is None where the last answer is a single token. ``gaps_s`` is the time
-    spent waiting for the client.
+    spent waiting for the client, ``first_tokens_s`` that from turns' arrivals to their first
+    tokens; what TTFET has beside the two is decode.
     """
 
     first_turn_ttft_s: float
@@ -53,6 +54,7 @@ class IdealLatency:
     last_turn_tbt_s: float | None
     e2e_s: float
     gaps_s: float
+    first_tokens_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +146,7 @@ def ideal_for(cluster: Cluster | None) -> tuple[IdealCluster | None, str]:
 
 def walk(conversation: Conversation, path: Path) -> IdealLatency:
     """One conversation alone on one path."""
-    now = gaps_s = first_token_s = first_turn_ttft_s = 0.0
+    now = gaps_s = first_token_s = first_turn_ttft_s = first_tokens_s = 0.0
     tbt_s: float | None = None
     for index, turn in enumerate(conversation.turns):
         due = now + turn.gap_s if turn.at_s is None else max(now + turn.gap_s, turn.at_s)
@@ -152,6 +154,7 @@ def walk(conversation: Conversation, path: Path) -> IdealLatency:
             due = 0.0
         gaps_s += due - now
         first_token_s = due + _time_to_first_token_s(turn, path, first=index == 0)
+        first_tokens_s += first_token_s - due
         if index == 0:
             first_turn_ttft_s = first_token_s
         decode_s = _decode_s(turn, path.host)
@@ -163,6 +166,7 @@ def walk(conversation: Conversation, path: Path) -> IdealLatency:
         last_turn_tbt_s=tbt_s,
         e2e_s=now,
         gaps_s=gaps_s,
+        first_tokens_s=first_tokens_s,
     )
 
 
