@@ -290,21 +290,20 @@ def _run(plan: Plan, runner: Runner) -> tuple[list[Row], list[str]]:
 
 def _tell(found: Sequence[SiteVerdict]) -> None:
     console = plain_console()
-    console.print(_table(tier_tables.table(found), without="in words"))
-    for site in found:
-        console.print(f"{site.place.title}: {tier_text.text(site)}", soft_wrap=True, markup=False)
+    console.print(_table(tier_tables.table(found)))
+    for note in tier_tables.notes(found):
+        console.print(note.text, soft_wrap=True, markup=False)
         console.print()
     for line in tier_text.summary(found):
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _table(of: document.Table, *, without: str) -> Table:
+def _table(of: document.Table) -> Table:
     table = Table(title=of.caption)
-    kept = [index for index, name in enumerate(of.columns) if name != without]
-    for index in kept:
-        table.add_column(of.columns[index], overflow="fold")
+    for name in of.columns:
+        table.add_column(name, overflow="fold")
     for row in of.rows:
-        table.add_row(*(_cell(row[index]) for index in kept))
+        table.add_row(*map(_cell, row))
     return table
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from conserve_serving.lab.report.document import Cell, Note, Table, Tone
 from conserve_serving.lab.report.reached import GOODPUTS, Goodput
 from conserve_serving.lab.stats import Estimate, Verdict
-from conserve_serving.lab.tier_text import WORDS, change, headline, summary, text, three, why
+from conserve_serving.lab.tier_text import WORDS, change, plus_losses, summary, text, three
 from conserve_serving.lab.tier_verdicts import MARGIN, Against, Finding, SiteVerdict
 
 _TONES: Final = {
@@ -34,7 +34,6 @@ def table(sites: Sequence[SiteVerdict]) -> Table:
             "per dollar",
             "per rated watt",
             "right-sized",
-            "in words",
         ),
         rows=tuple(_row(site) for site in sites),
         texts=frozenset(
@@ -47,7 +46,6 @@ def table(sites: Sequence[SiteVerdict]) -> Table:
                 "per dollar",
                 "per rated watt",
                 "right-sized",
-                "in words",
             }
         ),
     )
@@ -78,8 +76,9 @@ def carried(sites: Sequence[SiteVerdict]) -> Table:
 
 
 def notes(sites: Sequence[SiteVerdict]) -> list[Note]:
-    """The verdicts in words."""
-    return [Note(f"{site.place.title}: {text(site)}") for site in sites]
+    """The verdicts in words, then every loss of ``conserve_plus``."""
+    lost = [Note(f"conserve_plus loses in {one}.") for one in plus_losses(sites)]
+    return [*(Note(f"{site.place.title}: {text(site)}") for site in sites), *lost]
 
 
 def _row(site: SiteVerdict) -> tuple[Cell, ...]:
@@ -93,7 +92,6 @@ def _row(site: SiteVerdict) -> tuple[Cell, ...]:
         _priced(cheapest, "per_dollar"),
         _priced(coolest, "per_rated_w"),
         _priced(sized, "per_dollar"),
-        Cell(f"{headline(site)} {why(site)}".strip()),
     )
 
 
@@ -133,7 +131,12 @@ def _carried(found: Goodput | None) -> str:
 
 def figures(sites: Sequence[SiteVerdict]) -> dict[str, Any]:
     """All verdicts as plain JSON data."""
-    return {"summary": summary(sites), "margin": MARGIN, "sites": [_plain(site) for site in sites]}
+    return {
+        "summary": summary(sites),
+        "conserve_plus_losses": plus_losses(sites),
+        "margin": MARGIN,
+        "sites": [_plain(site) for site in sites],
+    }
 
 
 def _plain(site: SiteVerdict) -> dict[str, Any]:

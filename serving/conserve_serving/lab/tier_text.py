@@ -246,7 +246,10 @@ def summary(sites: Sequence[SiteVerdict]) -> list[str]:
     if plus:
         said.append(f"conserve_plus alone, on unlike tiers: {_counts(plus)}.")
     if losses := plus_losses(sites):
-        said.append(f"conserve_plus loses in: {'; '.join(losses)}.")
+        said.append(
+            f"conserve_plus loses in some figure on {len(losses)} of {len(sites)} clusters and "
+            "workloads; every one is listed with them."
+        )
     elif any("conserve_plus" in site.each for site in sites):
         said.append("conserve_plus loses nowhere.")
     said.append(certainty(sites))
