@@ -307,6 +307,11 @@ def test_tables_and_plain_data_have_every_site() -> None:
     for table in (tier_tables.table(sites), tier_tables.carried(sites)):
         assert len(table.rows) == 2
         assert all(len(row) == len(table.columns) for row in table.rows)
+    loads = tier_tables.at_loads(sites)
+    assert len(loads.rows) == sum(len(site.loads) for site in sites) == 2 * 12
+    assert {row[3].text.split(",")[0] for row in loads.rows if row[0].text == "mixed"} <= {
+        f"{label} {word}" for label in LABELS for word in ("wins", "ties", "loses")
+    }
     data = json.loads(json.dumps(tier_tables.figures(sites), allow_nan=False))
     assert [one["cluster"] for one in data["sites"]] == ["mixed", "equal"]
     assert data["sites"][0]["capacity_per_s"]["bottleneck"] == "decode"

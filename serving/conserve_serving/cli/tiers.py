@@ -231,6 +231,7 @@ def tiers(
             verdicts=(
                 tier_tables.table(found),
                 tier_tables.carried(found),
+                tier_tables.at_loads(found),
                 *tier_tables.notes(found),
             ),
         )

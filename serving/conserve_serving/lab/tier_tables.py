@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from conserve_serving.lab.report.document import Cell, Note, Table, Tone
 from conserve_serving.lab.report.reached import GOODPUTS, Goodput
+from conserve_serving.lab.report.rows import say_rate
 from conserve_serving.lab.stats import Estimate, Verdict
 from conserve_serving.lab.tier_text import WORDS, change, plus_losses, summary, text, three
-from conserve_serving.lab.tier_verdicts import MARGIN, Against, Finding, SiteVerdict
+from conserve_serving.lab.tier_verdicts import MARGIN, METRICS, Against, Finding, SiteVerdict
 
 _TONES: Final = {
     Verdict.WIN: Tone.GOOD,
@@ -75,6 +76,26 @@ def carried(sites: Sequence[SiteVerdict]) -> Table:
     )
 
 
+def at_loads(sites: Sequence[SiteVerdict]) -> Table:
+    """Latencies and tokens per joule where all run at the same load."""
+    titles = [metric.title for metric in METRICS]
+    return Table(
+        caption="At equal loads: the best of ConServe's contenders against the best other policy",
+        columns=("cluster", "workload", "conversations/s", *titles),
+        rows=tuple(
+            (
+                Cell(site.place.cluster),
+                Cell(site.place.workload),
+                Cell(say_rate(rate)),
+                *(_cell(found.get(metric.name)) for metric in METRICS),
+            )
+            for site in sites
+            for rate, found in site.loads.items()
+        ),
+        texts=frozenset({"cluster", "workload", *titles}),
+    )
+
+
 def notes(sites: Sequence[SiteVerdict]) -> list[Note]:
     """The verdicts in words, then every loss of ``conserve_plus``."""
     lost = [Note(f"conserve_plus loses in {one}.") for one in plus_losses(sites)]
@@ -95,13 +116,13 @@ def _row(site: SiteVerdict) -> tuple[Cell, ...]:
     )
 
 
-def _cell(found: Finding | None, where: str = "") -> Cell:
+def _cell(found: Finding | None) -> Cell:
     if found is None:
         return Cell("–", Tone.SOFT)
     return Cell(
         f"{found.ours} {WORDS[found.verdict]}, {change(found)}",
         _TONES[found.verdict],
-        detail=f"{three(found.value)} against {three(found.rival_value)}, {found.rival}{where}",
+        detail=f"{three(found.value)} against {three(found.rival_value)}, {found.rival}",
     )
 
 
