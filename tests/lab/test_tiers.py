@@ -259,7 +259,7 @@ def test_every_loss_of_the_policy_to_be_used_is_listed() -> None:
     (lost,) = tier_text.plus_losses(sites)
     assert "mixed" in lost and "goodput −3" in lost and "TTFET, p95 +" in lost
     said = " ".join(tier_text.summary(sites))
-    assert "conserve_plus alone, on unlike tiers: 0 wins, 0 ties, 1 losses" in said
+    assert "conserve_plus alone, on unlike tiers: wins 0, ties 0, losses 1" in said
     even = judge(dict.fromkeys(LABELS, 1.0))
     assert "conserve_plus loses nowhere" in " ".join(tier_text.summary(even))
 

@@ -2,7 +2,8 @@
 
 What is said of a cluster and a workload, in this order: who wins in what it carries; what the
 parts can carry by arithmetic and whether dedicating was right there; how the policy that is to be
-used does; latencies at equal loads; what the cluster carries for its price.
+used does; what the cluster carries for its price. Latencies at equal loads are in a table
+(``lab.tier_tables``).
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ def text(site: SiteVerdict) -> str:
         why(site),
         _misses(site),
         _plus(site),
-        _latencies(site),
         _prices(site),
     ]
     return " ".join(part for part in parts if part)
@@ -185,23 +185,6 @@ def _plus(site: SiteVerdict) -> str:
     return f"{against}, {_percent(behind)} of what {main.ours} carries."
 
 
-def _latencies(site: SiteVerdict) -> str:
-    """Wins and losses of the best of ours at equal loads."""
-    said = []
-    for rate, found in site.loads.items():
-        parts = [
-            f"{ALL_METRICS[name].title} {_change_alone(one)} ({one.ours} {WORDS[one.verdict]} "
-            f"against {one.rival})"
-            for name, one in found.items()
-            if one.verdict in {Verdict.WIN, Verdict.LOSS}
-        ]
-        if parts:
-            said.append(f"at {say_rate(rate)}/s {', '.join(parts)}")
-    if not said:
-        return "Latencies and tokens per joule at equal loads tie." if site.loads else ""
-    return f"At equal loads: {'; '.join(said)}; the rest ties."
-
-
 def _change_alone(found: Finding) -> str:
     return "" if found.ratio is None else say_change(found.ratio)
 
@@ -311,7 +294,7 @@ def _percent(share: float) -> str:
 
 def _counts(counts: Mapping[Verdict, int]) -> str:
     named = ((Verdict.WIN, "wins"), (Verdict.TIE, "ties"), (Verdict.LOSS, "losses"))
-    said = [f"{counts.get(one, 0)} {name}" for one, name in named]
+    said = [f"{name} {counts.get(one, 0)}" for one, name in named]
     if counts.get(Verdict.UNKNOWN):
-        said.append(f"{counts[Verdict.UNKNOWN]} of one seed, which says nothing")
+        said.append(f"without a verdict (one seed) {counts[Verdict.UNKNOWN]}")
     return ", ".join(said)
