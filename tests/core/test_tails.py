@@ -168,6 +168,42 @@ def test_a_move_that_is_given_up_leaves_the_conversation_where_it_was(how: str) 
     assert books(at, first.decoder)[0] == 10_112
 
 
+@pytest.mark.parametrize("how", ["aborted", "failed"])
+def test_what_was_copied_stays_when_the_turn_comes_to_nothing_afterwards(how: str) -> None:
+    at, _ = world(TailAction.MOVE)
+    place = one(at.arrive("t1", "c", 10_500), Place)
+    at.handed_over(place)
+    assert books(at, place.decoder) == (10_112, 10_768 - 10_112, 0)
+    at.scheduler.policy.action = TailAction.STAY  # type: ignore[attr-defined] # Told
+    if how == "aborted":
+        one(at.send(TurnAborted(turn=place.turn)), CloseTurn)
+        assert books(at, place.decoder) == (10_112, 0, 0)
+    else:
+        event = TurnFailed(turn=place.turn, plan=place.plan, engine=place.decoder, retryable=True)
+        again = one(at.send(event), Place)
+        assert (again.decoder, again.source) == (place.decoder, None)
+        assert again.expected_cached_tokens == 10_112
+
+
+def test_a_conversation_that_moved_has_appended_no_more_than_is_new() -> None:
+    stayed, moved = (world(action)[0] for action in (TailAction.STAY, TailAction.MOVE))
+    for at in (stayed, moved):
+        place = one(at.arrive("t1", "c", 10_500), Place)
+        if place.source is not None:
+            at.handed_over(place)
+        at.finish(place, 10_500, cached_tokens=10_100)
+    loads = [at.scheduler._do.load for at in (stayed, moved)]
+    assert loads[0].tail_new_tokens == loads[1].tail_new_tokens
+
+
+def test_a_move_that_failed_is_not_tried_again() -> None:
+    at, first = world(TailAction.MOVE)
+    place = one(at.arrive("t1", "c", 10_500), Place)
+    event = TurnFailed(turn=place.turn, plan=place.plan, engine=place.decoder, retryable=True)
+    again = one(at.send(event), Place)
+    assert (again.decoder, again.source) == (first.decoder, None)
+
+
 def test_a_source_that_is_lost_costs_the_whole_prefill_and_no_more() -> None:
     at, first = world(TailAction.MOVE)
     place = one(at.arrive("t1", "c", 10_500), Place)

@@ -155,6 +155,18 @@ def end_source(turn: TurnState) -> tuple[EngineState, int] | None:
     return source, tokens
 
 
+def keep_copied(turn: TurnState) -> None:
+    """What was copied is the conversation's at its new home, whatever becomes of the turn."""
+    conversation, decoder = turn.conversation, turn.decoder
+    if turn.source is None or decoder is None or conversation.home is not decoder:
+        return
+    tokens = min(decoder.pages(turn.expected_cached_tokens), turn.reserved)
+    turn.reserved -= tokens
+    decoder.reserved_tokens -= tokens
+    conversation.resident += tokens
+    decoder.resident_tokens += tokens
+
+
 def take_back(turn: TurnState) -> None:
     """The copy came to nothing: the conversation lives where it did."""
     resident, parked = turn.source_reserved, turn.source_parked

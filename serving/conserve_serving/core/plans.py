@@ -121,8 +121,9 @@ class Planner:
             return False
         prefiller = self.placer.best_prefiller(turn, home)
         room = None
-        # Only a conversation at a turn boundary moves, and only with its KV.
-        if conversation.active == 0 and self._settings.copies:
+        # Only a conversation at a turn boundary moves, and only with its KV; where that failed
+        # its home is the safer place.
+        if conversation.active == 0 and self._settings.copies and turn.attempts == 0:
             room = self.placer.find_decoder(turn, exclude=(home,), new=True)
         other = room[0] if room is not None else None
         action = self._policy.tail_place(turn, home, prefiller, other, self.load)
@@ -296,7 +297,11 @@ class Planner:
         return self.opened(turn)
 
     def copied(self, turn: TurnState) -> None:
-        """The conversation's KV has arrived where it lives now: let it go where it lived."""
+        """The conversation's KV has arrived where it lives now: let it go where it lived.
+
+        After a copy that failed nothing is expected to be cached, and nothing is kept of it.
+        """
+        ledger.keep_copied(turn)
         ended = ledger.end_source(turn)
         if ended is not None and not ended[0].lost:
             source, tokens = ended
