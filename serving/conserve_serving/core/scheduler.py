@@ -481,10 +481,10 @@ class Scheduler:
             is_up = self._placer.has_hosts
             self._reject(turn, Reason.HELD_TOO_LONG if is_up else Reason.NO_ENGINE)
         self._do.recheck()
-        limit_s = self._do.now_s - self.settings.idle_timeout_s
         for _once in range(min(_EXPIRE, len(self._conversations))):
             conversation = next(iter(self._conversations.values()))
-            if conversation.last_active_s > limit_s:
+            # The very sum the alarm was set by: a difference may be rounded to the other side.
+            if conversation.last_active_s + self.settings.idle_timeout_s > self._do.now_s:
                 break
             if conversation.live:
                 self._touch_conversation(conversation)

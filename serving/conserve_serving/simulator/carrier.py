@@ -189,7 +189,9 @@ class Carrier:
             cached = (
                 event.cached_device_tokens + event.cached_host_tokens + event.cached_storage_tokens
             )
-            kept = turn.kept - turn.kept % self._page_tokens
+            # Of an output's last token there is no KV until the next turn computes it.
+            kept = max(0, turn.kept - (not turn.rewritten))
+            kept -= kept % self._page_tokens
             result.recomputed_tokens = max(0, kept - cached)
         self._send(
             PrefillFinished(turn=turn.id, plan=place.plan, prompt_tokens=event.prompt_tokens)

@@ -7,6 +7,7 @@ conversation's KV is protected by a session on its decoder until it is parked or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 from conserve_serving.core.decisions import (
     CloseTurn,
@@ -27,6 +28,7 @@ from conserve_serving.core.events import (
 )
 from conserve_serving.core.scheduler import Scheduler
 from conserve_serving.core.types import EngineId, Outcome, TurnId
+from conserve_serving.engines.model import EngineModel
 from conserve_serving.simulator.agenda import Agenda
 from conserve_serving.simulator.carrier import Carrier
 from conserve_serving.simulator.conservation import check_conservation
@@ -37,6 +39,9 @@ from conserve_serving.simulator.summary import RunSummary
 from conserve_serving.simulator.turns import Conversation, Turn
 
 __all__ = ["SimulatedEngine", "VirtualCluster"]
+
+#: Timers at one and the same time: each event leaves some work over for the next at most.
+_MOST_TIMERS: Final = 100_000
 
 Observer = Callable[[float, Event, list[Decision]], None]
 
@@ -60,6 +65,7 @@ class VirtualCluster:
         single_steps: never let decode steps run together: the same results, much slower.
         output_limits: a turn arrives with what it will generate as the request's own limit, as a
             replay through a gateway sends it; False: it has no limit, and nobody is told.
+        model: what stands in for an engine.
 
     Raises:
         SimulationError: the engines cannot work together.
@@ -78,6 +84,7 @@ class VirtualCluster:
         stall_s: float = 14_400.0,
         single_steps: bool = False,
         output_limits: bool = True,
+        model: type[EngineModel] = EngineModel,
     ) -> None:
         self.scheduler = scheduler
         self.results: list[TurnResult] = []
@@ -90,6 +97,8 @@ class VirtualCluster:
         self._stall_s = stall_s
         self._agenda = Agenda()
         self._wake_s: float | None = None
+        self._fired_s = -1.0  # when a timer last went off, and how many have at that time
+        self._timers = 0
         self._turns: dict[TurnId, Turn] = {}
         self._dirty: list[Engine] = []
         self._feeding = 0  # streams that have more to bring
@@ -109,7 +118,12 @@ class VirtualCluster:
             if spec.id in self._engines:
                 raise SimulationError(f"two engines are called {spec.id}: ids must differ")
             self._engines[spec.id] = Engine(
-                spec, self._agenda, self._carrier.tell, self._dirty, single_steps=single_steps
+                spec,
+                self._agenda,
+                self._carrier.tell,
+                self._dirty,
+                single_steps=single_steps,
+                model=model,
             )
         for engine in self._engines.values():
             self._send(engine.joined())
@@ -154,12 +168,13 @@ class VirtualCluster:
             if not agenda.heap:
                 raise DeadlockError(self._describe("nothing is left to happen"))
             agenda.next()
-            if dirty:
+            if dirty and not (agenda.heap and agenda.heap[0][0] <= agenda.now_s):
                 for engine in dirty:
                     engine.look()
                 dirty.clear()
         while any(engine.alive and engine.model.step for engine in self._engines.values()):
             agenda.next()  # steps of requests that were abandoned
+            dirty.clear()
         summary = self._summary()
         powers = {e.id: e.spec.profile.power for e in self._engines.values()}
         check_conservation(summary, powers)
@@ -236,6 +251,12 @@ class VirtualCluster:
         """The time of a wish has come; a later wish has replaced it unless it is still the one."""
         if self._wake_s == at_s:
             self._wake_s = None
+            self._timers = self._timers + 1 if at_s <= self._fired_s else 0
+            self._fired_s = self._agenda.now_s
+            if self._timers > _MOST_TIMERS:
+                raise DeadlockError(
+                    self._describe("the scheduler asks for a timer again and again")
+                )
             self._send(TimerFired())
 
     def _close(self, decision: CloseTurn) -> None:

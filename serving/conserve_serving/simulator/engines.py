@@ -46,6 +46,7 @@ class Engine:
         tell: takes what happened on it.
         dirty: engines that are to look for work when everything of this time has happened.
         single_steps: never let decode steps run together; much slower, and the same.
+        model: what stands in for it.
     """
 
     __slots__ = (
@@ -76,12 +77,13 @@ class Engine:
         dirty: list[Engine],
         *,
         single_steps: bool,
+        model: type[EngineModel] = EngineModel,
     ) -> None:
         self.spec = spec
         self.id = spec.id
         config = dataclasses.replace(spec.config, token_events=False)  # nobody looks at them
         try:
-            self.model = EngineModel(spec.profile, config)
+            self.model = model(spec.profile, config)
         except ModelError as error:
             raise SimulationError(f"engine {spec.id}: {error}") from error
         self.alive = True
