@@ -121,6 +121,15 @@ def test_no_report_makes_a_speed_absurd(reports: list[StepTimes]) -> None:
         assert speeds.decode_step_s(kv) > 0
 
 
+def test_an_engine_likened_to_another_is_not_corrected_by_its_error_again() -> None:
+    guess, unseen = LearnedSpeeds(PRIOR, guessed=True), LearnedSpeeds(PRIOR, guessed=True)
+    assert unseen.decode_bias(1_000) is None
+    guess.observe(StepTimes(decode_steps=100, decode_s=5.0, decode_kv_tokens=100_000))
+    likened = unseen.liken(guess)
+    assert likened.decode_step_s(1_000) == pytest.approx(0.05, rel=0.01)
+    assert likened.decode_bias(1_000) == pytest.approx(guess.decode_bias(1_000), rel=0.01)
+
+
 def test_short_appends_teach_the_cost_of_a_turn_not_of_a_token() -> None:
     speeds = LearnedSpeeds(PRIOR)
     for _ in range(60):

@@ -149,7 +149,7 @@ class Dispatcher(Planner):
         if home is not None or not turn.conversation.turns:
             return home
         at = turn.waits_at
-        if at is not None and not at.lost and not at.draining:
+        if at is not None and at.hosts:
             return at
         return self.placer.waiting_place(turn)
 

@@ -82,24 +82,30 @@ class Placer:
         """Whether the engine may hold conversations."""
         return (self.hosting and engine.tier is Tier.PREFILL) or self._policy.hosts(engine)
 
-    def review(self) -> None:
+    def review(self) -> list[EngineState]:
         """Let the policy say whether the prefill tier takes conversations from now on.
 
         Those that live there when it no longer does stay until they end.
+
+        Returns:
+            Engines that take conversations now and did not before.
         """
-        engines = list(self.engines.values())
+        engines = [engine for engine in self.engines.values() if not engine.draining]
         hosting = self._policy.prefill_tier_hosts(engines, self._load, hosting=self.hosting)
         if hosting == self.hosting:
-            return
+            return []
         self.hosting = hosting
+        opened: list[EngineState] = []
         for engine in engines:
-            if engine.tier is not Tier.PREFILL or engine.draining:
+            if engine.tier is not Tier.PREFILL:
                 continue
-            if self.takes(engine):
-                self._rank_host(engine)
-            else:
+            if not self.takes(engine):
                 self._stop_hosting(engine)
+            elif not engine.hosts:
+                self._rank_host(engine)
+                opened.append(engine)
         self._measure_longest()
+        return opened
 
     def _stop_hosting(self, engine: EngineState) -> None:
         engine.hosts = False

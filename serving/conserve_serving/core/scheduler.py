@@ -50,7 +50,6 @@ from conserve_serving.core.events import (
     TurnFinished,
 )
 from conserve_serving.core.settings import SchedulerSettings
-from conserve_serving.core.speeds import LearnedSpeeds
 from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
 from conserve_serving.core.types import (
     ConversationId,
@@ -197,7 +196,8 @@ class Scheduler:
                 self._liken(engine, event.steps)
         if self._do.now_s >= self._review_s:
             self._review_s = self._do.now_s + self.settings.review_interval_s
-            self._placer.review()
+            for opened in self._placer.review():
+                self._do.free(opened)  # who waits for room may live there now
 
     def _liken(self, engine: EngineState, steps: StepTimes) -> None:
         """Take unseen engines of the same tier to be as fast as one that has been seen at work.
@@ -211,7 +211,7 @@ class Scheduler:
         self._unseen.pop(engine.id, None)
         for other in self._unseen.values():
             if other.tier is engine.tier:
-                other.speeds = LearnedSpeeds(engine.speeds.snapshot(), guessed=True)
+                other.speeds = other.speeds.liken(engine.speeds)
                 self._placer.touch(other)
 
     def _on_engine_draining(self, event: EngineDraining) -> None:
@@ -277,6 +277,9 @@ class Scheduler:
         self._touch_conversation(conversation)
         self._turns[turn.id] = turn
         longest = self._placer.longest_context_tokens()
+        home = self._do.home(conversation)
+        if home is not None:  # which may take no others any more
+            longest = max(longest or 0, home.longest_context_tokens)
         if longest is None:
             self._reject(turn, Reason.NO_ENGINE)
         elif turn.prompt_tokens >= longest:

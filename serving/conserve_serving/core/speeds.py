@@ -40,6 +40,7 @@ class LearnedSpeeds:
 
     __slots__ = (
         "_base_s",
+        "_believed",
         "_mixed",
         "_n",
         "_prior",
@@ -55,7 +56,7 @@ class LearnedSpeeds:
     )
 
     def __init__(self, prior: EngineSpeeds, *, guessed: bool = False) -> None:
-        self._prior = prior
+        self._prior = self._believed = prior
         trust = _GUESS if guessed else 1.0
         self._tokens = trust * _PRIOR_PREFILL_TOKENS
         self._tokens_s = self._tokens / prior.prefill_tokens_per_s
@@ -142,9 +143,19 @@ class LearnedSpeeds:
         """Step time as observed over what was believed at first; None: no step was observed."""
         if not self._seen:
             return None
-        prior = self._prior
+        prior = self._believed
         believed_s = prior.decode_step_s + prior.decode_step_s_per_kv_token * kv_tokens
         return self.decode_step_s(kv_tokens) / believed_s
+
+    def liken(self, seen: LearnedSpeeds) -> LearnedSpeeds:
+        """What is to be believed of this engine once another of its kind has been seen at work.
+
+        What was believed at first stays on record, so that nobody corrects the new figures by the
+        error of the old ones a second time.
+        """
+        likened = LearnedSpeeds(seen.snapshot(), guessed=True)
+        likened._believed, likened._seen = self._believed, seen._seen
+        return likened
 
     def snapshot(self) -> EngineSpeeds:
         """What is believed now, in the form it was first given."""

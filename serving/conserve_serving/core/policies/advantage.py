@@ -20,6 +20,7 @@ The shorter conversation decides; where neither mode carries the load, the one t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from math import inf
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ _CHUNK_TOKENS = 4096.0
 _TAIL = 3.0
 #: Decode batches beyond this are not counted on.
 _MAX_BATCH = 64.0
+#: Engines seen decoding by which those not seen are judged: bounds the cost on a large cluster.
+_PEERS = 16
+#: Free links and conversations without later turns are no division by zero.
+_TINY = 1e-9
 
 
 class Seconds(NamedTuple):
@@ -68,9 +73,14 @@ def step_s(engine: EngineView, kv_tokens: float, peers: Sequence[EngineView]) ->
     return believed_s * (sum(known) / len(known) if known else 1.0)
 
 
+def seen_decoding(engines: Sequence[EngineView]) -> list[EngineView]:
+    """The first of them that have shown what a decode step takes."""
+    return list(islice((e for e in engines if e.decode_bias(0.0) is not None), _PEERS))
+
+
 def seconds_for(engine: EngineView, load: LoadView, peers: Sequence[EngineView]) -> Seconds:
     """What a conversation of the usual shape takes of an engine's time."""
-    turns = max(load.tail_turns, 1e-9)
+    turns = max(load.tail_turns, _TINY)
     batch = _batch(engine, load)
     full_step_s = step_s(engine, batch * max(load.context_tokens, 1.0), peers)
     slowdown = engine.mixed_slowdown
@@ -81,7 +91,7 @@ def seconds_for(engine: EngineView, load: LoadView, peers: Sequence[EngineView])
     return Seconds(
         first_s=first_s + shared_s * load.first_prompt_tokens / _CHUNK_TOKENS,
         append_s=append_s + shared_s * turns,
-        decode_s=load.output_tokens * full_step_s / batch,
+        decode_s=max(load.output_tokens, 1.0) * full_step_s / batch,
         handoff_s=engine.handoff_s(load.first_prompt_tokens),
     )
 
@@ -94,7 +104,8 @@ def _batch(engine: EngineView, load: LoadView) -> float:
 # --- what the cluster carries ---------------------------------------------------------------------
 def hosting_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
     """Conversations per second when every engine hosts."""
-    return sum(1.0 / seconds_for(engine, load, engines).whole_s for engine in engines)
+    peers = seen_decoding(engines)
+    return sum(1.0 / seconds_for(engine, load, peers).whole_s for engine in engines)
 
 
 def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
@@ -104,7 +115,8 @@ def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
     or its link is at its limit with ``x`` conversations a second, the time that their tails leave
     on the decode tier carries whole conversations more.
     """
-    decode = [seconds_for(e, load, engines) for e in engines if e.tier is Tier.DECODE]
+    peers = seen_decoding(engines)
+    decode = [seconds_for(e, load, peers) for e in engines if e.tier is Tier.DECODE]
     handed_per_s = sum(_handed_per_s(e, load) for e in engines if e.tier is Tier.PREFILL)
     tails_per_s = sum(1.0 / times.tail_s for times in decode)
     if handed_per_s >= tails_per_s:
@@ -116,22 +128,24 @@ def dedicated_per_s(engines: Sequence[EngineView], load: LoadView) -> float:
 def _handed_per_s(engine: EngineView, load: LoadView) -> float:
     """First prompts per second that a prefiller computes, nothing beside them, and hands over."""
     alone_s = engine.prefill_s(load.first_prompt_tokens)
-    return min(1.0 / alone_s, _LINK_SHARE / engine.handoff_s(load.first_prompt_tokens))
+    handoff_s = max(engine.handoff_s(load.first_prompt_tokens), _TINY)
+    return min(1.0 / alone_s, _LINK_SHARE / handoff_s)
 
 
 # --- how long a conversation takes ----------------------------------------------------------------
 def hosting_s(engines: Sequence[EngineView], load: LoadView) -> float:
     """Mean time of a conversation, gaps apart, when every engine hosts at its own speed."""
+    peers = seen_decoding(engines)
     carried = hosting_per_s(engines, load)
     total_s = 0.0
     for engine in engines:
-        times = seconds_for(engine, load, engines)
+        times = seconds_for(engine, load, peers)
         share = 1.0 / times.whole_s / carried
         arrivals = share * load.conversations_per_s
         waits_s = _waits_s(times.first_s, arrivals * times.first_s)
         total_s += share * waits_s
         total_s += share * _served_s(
-            engine, load, engines, arrivals_per_s=arrivals, prefill_s=times.first_s + times.append_s
+            engine, load, peers, arrivals_per_s=arrivals, prefill_s=times.first_s + times.append_s
         )
     return total_s
 
@@ -140,23 +154,24 @@ def dedicated_s(engines: Sequence[EngineView], load: LoadView) -> float:
     """The same when the prefill tier only prefills; infinite when it cannot keep up."""
     prefill = [e for e in engines if e.tier is Tier.PREFILL]
     decode = [e for e in engines if e.tier is Tier.DECODE]
+    peers = seen_decoding(engines)
     handed_per_s = sum(_handed_per_s(engine, load) for engine in prefill)
-    tails_per_s = sum(1.0 / seconds_for(engine, load, engines).tail_s for engine in decode)
+    tails_per_s = sum(1.0 / seconds_for(engine, load, peers).tail_s for engine in decode)
     busy = load.conversations_per_s / handed_per_s if handed_per_s else inf
     if busy >= 1.0 or not tails_per_s:
         return inf
     total_s = 0.0
     for engine in prefill:
-        times = seconds_for(engine, load, engines)
+        times = seconds_for(engine, load, peers)
         alone_s = engine.prefill_s(load.first_prompt_tokens)
         share = _handed_per_s(engine, load) / handed_per_s
         total_s += share * (alone_s + _waits_s(alone_s, busy) + times.handoff_s)
     for engine in decode:
-        times = seconds_for(engine, load, engines)
+        times = seconds_for(engine, load, peers)
         share = 1.0 / times.tail_s / tails_per_s
         arrivals = share * load.conversations_per_s
         total_s += share * _served_s(
-            engine, load, engines, arrivals_per_s=arrivals, prefill_s=times.append_s
+            engine, load, peers, arrivals_per_s=arrivals, prefill_s=times.append_s
         )
     return total_s
 
