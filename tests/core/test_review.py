@@ -91,6 +91,21 @@ def test_a_turn_without_a_home_waits_for_no_room_where_none_is_given_any_more() 
     assert (list(waiting["p0"]), list(waiting["d1"])) == ([], ["t1"])
 
 
+def test_a_prompt_waits_for_a_prefiller_and_not_for_the_growth_of_those_it_hosts() -> None:
+    at = World("conserve", tier_mode=TierMode.HOSTING)
+    at.engine("p0", Tier.PREFILL, capacity=30_000)
+    at.first_turn("b0", "b", 10_000)
+    at.finish(one(at.arrive("b1", "b", 18_000), Place), 18_000)  # so they grow
+    at.end("b")
+    at.first_turn("a0", "a", 10_000)
+    at.engine("d0")
+    before = one(at.arrive("t0", "x", 15_000), Place)
+    assert (before.decoder, before.prefiller) == ("d0", "p0")
+    none(at.arrive("t1", "y", 15_000), Place)
+    place = one(at.handed_over(before), Place)
+    assert (place.turn, place.decoder, place.prefiller) == ("t1", "d0", "p0")
+
+
 def test_engines_that_leave_are_not_judged_by() -> None:
     at, policy = world()
     at.cluster("d0", "d1")

@@ -153,7 +153,7 @@ class Placer:
 
         Elsewhere nothing has changed, except where the engine is one that others' prompts wait for.
         """
-        if not engine.hosts:
+        if not engine.hosts or (self._policy.hands_over and engine.id in self._prefillers):
             return self.room_tokens()
         return engine.reachable_tokens() - self._headroom_tokens(engine)
 
