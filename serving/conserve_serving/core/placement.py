@@ -82,18 +82,18 @@ class Placer:
         """Whether the engine may hold conversations."""
         return (self.hosting and engine.tier is Tier.PREFILL) or self._policy.hosts(engine)
 
-    def review(self) -> list[EngineState]:
+    def review(self) -> EngineState | None:
         """Let the policy say whether the prefill tier takes conversations from now on.
 
         Those that live there when it no longer does stay until they end.
 
         Returns:
-            Engines that take conversations now and did not before.
+            Of the engines that take conversations now and did not before, the one with most room.
         """
         engines = [engine for engine in self.engines.values() if not engine.draining]
         hosting = self._policy.prefill_tier_hosts(engines, self._load, hosting=self.hosting)
         if hosting == self.hosting:
-            return []
+            return None
         self.hosting = hosting
         opened: list[EngineState] = []
         for engine in engines:
@@ -105,7 +105,7 @@ class Placer:
                 self._rank_host(engine)
                 opened.append(engine)
         self._measure_longest()
-        return opened
+        return max(opened, key=EngineState.reachable_tokens, default=None)
 
     def _stop_hosting(self, engine: EngineState) -> None:
         engine.hosts = False

@@ -196,8 +196,9 @@ class Scheduler:
                 self._liken(engine, event.steps)
         if self._do.now_s >= self._review_s:
             self._review_s = self._do.now_s + self.settings.review_interval_s
-            for opened in self._placer.review():
-                self._do.free(opened)  # who waits for room may live there now
+            opened = self._placer.review()
+            if opened is not None:
+                self._do.free(opened)  # who waits for room may live there now, or beside it
 
     def _liken(self, engine: EngineState, steps: StepTimes) -> None:
         """Take unseen engines of the same tier to be as fast as one that has been seen at work.
