@@ -655,3 +655,18 @@ def test_an_engine_that_has_shown_its_own_speed_keeps_it() -> None:
     engines = world.scheduler.engines
     slow, fast = engines[EngineId("slow")], engines[EngineId("fast")]
     assert slow.decode_step_s(1_000) > 5 * fast.decode_step_s(1_000)
+
+
+def test_kv_left_behind_while_another_turn_runs_elsewhere_is_released() -> None:
+    world = World("round_robin")
+    for name in ("d0", "d1", "d2"):
+        world.engine(name)
+    places = [one(world.arrive(f"t{i}", "c", 10_000), Place) for i in range(2)]
+    assert [place.decoder for place in places] == ["d0", "d1"]
+    world.finish(places[1], 10_000)
+    decisions = world.arrive("t2", "c", 10_200)
+    assert one(decisions, Place).decoder == "d2"
+    release = one(decisions, Release)
+    assert (release.engine, release.tokens) == ("d1", 10_112)
+    # Where a turn of it still runs, its KV goes when that has ended.
+    assert one(world.finish(places[0], 10_000), Release).engine == "d0"

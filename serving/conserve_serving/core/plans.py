@@ -211,7 +211,7 @@ class Planner:
                 return False  # room on both or on none
             self._park(prefiller, parked_too)
         self._park(decoder, parked)
-        if conversation.active == 0 and conversation.home not in (None, decoder):
+        if conversation.home not in (None, decoder) and not _runs_at_home(conversation):
             self.release(conversation, Reason.CONVERSATION_MOVED)
             conversation.moved_because = cause
         if cause is not None:
@@ -392,3 +392,12 @@ class Planner:
     def _park(self, engine: EngineState, conversations: list[ConversationState]) -> None:
         ledger.park(engine, conversations)
         self.say.parks(engine, conversations)
+
+
+def _runs_at_home(conversation: ConversationState) -> bool:
+    home = conversation.home
+    return (
+        home is not None
+        and conversation.active > 0
+        and any(t.conversation is conversation and t.decoder is home for t in home.turns.values())
+    )
