@@ -36,7 +36,8 @@ REASONS: Mapping[Reason, str] = MappingProxyType(
         Reason.RETRIED: "placed again, because the attempt before failed and nothing of it had"
         " reached the client",
         Reason.HELD_NO_ROOM: "held: no decoder had room for its KV",
-        Reason.HELD_BEHIND_FIRST_TURN: "held: the conversation's first turn was still running",
+        Reason.HELD_BEHIND_FIRST_TURN: "held: another turn of it was bringing the"
+        " conversation's KV to its engine",
         Reason.HELD_NO_ENGINE: "held: no engine that could take it was up",
         Reason.PROMPT_TOO_LONG: "refused: longer than any decoder can hold",
         Reason.QUEUE_FULL: "refused: as many turns were waiting as the settings allow",

@@ -1,6 +1,6 @@
 """The books: which conversation's KV is where, what is promised to running turns, what is free.
 
-Rules, kept by construction and checked by `check`:
+Rules, kept by construction and checked by `core.audit`:
 
 - ``held = resident + reserved`` never exceeds an engine's capacity, and nothing is ever negative.
   Amounts are whole pages.
@@ -17,13 +17,9 @@ A lost engine's books are thrown away whole: conversations find out when they lo
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-
 from conserve_serving.core.errors import InvariantError
 from conserve_serving.core.growth import age_of
-from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
-from conserve_serving.core.types import ConversationId
+from conserve_serving.core.state import ConversationState, EngineState, TurnState
 
 # Conversations too large for what is left of the host tier that are looked past.
 _PARK_SCAN = 32
@@ -363,81 +359,3 @@ def _unpark(conversation: ConversationState, turn: TurnState) -> None:
     turn.reserved -= size
     home.resident_tokens += size
     conversation.resident, conversation.parked = size, 0
-
-
-# --- checks ----------------------------------------------------------------------------------
-def check(engine: EngineState) -> None:
-    """Raise ``InvariantError`` unless the engine's books add up. Walks over no conversations."""
-    amounts = (
-        engine.resident_tokens,
-        engine.reserved_tokens,
-        engine.parked_tokens,
-        engine.idle_tokens,
-        engine.active_tokens,
-        engine.active_turns,
-        engine.prefill_backlog_tokens,
-        engine.tail_backlog_tokens,
-        engine.egress_tokens,
-        engine.foreseen_tokens,
-        *engine.ages,
-    )
-    if min(amounts) < 0:
-        raise InvariantError(f"engine {engine.id}: a negative amount in {amounts}")
-    if engine.held_tokens > engine.capacity_tokens:
-        raise InvariantError(
-            f"engine {engine.id}: holds {engine.held_tokens} of {engine.capacity_tokens} tokens"
-        )
-    if engine.parked_tokens > engine.host_capacity_tokens:
-        raise InvariantError(f"engine {engine.id}: parks more than its host tier has")
-    if engine.idle_tokens > engine.resident_tokens:
-        raise InvariantError(f"engine {engine.id}: more idle than resident")
-    if not engine.turns and (
-        engine.reserved_tokens or engine.active_turns or engine.prefill_backlog_tokens
-    ):
-        raise InvariantError(f"engine {engine.id}: something is booked for no turn")
-
-
-def recount(
-    engines: Iterable[EngineState],
-    conversations: Iterable[ConversationState],
-    turns: Iterable[TurnState],
-) -> None:
-    """Raise ``InvariantError`` unless every total equals the sum of its parts."""
-    resident: Counter[int] = Counter()
-    parked: Counter[int] = Counter()
-    idle: Counter[int] = Counter()
-    reserved: Counter[int] = Counter()
-    backlog: Counter[int] = Counter()
-    live: Counter[ConversationId] = Counter()
-    for conversation in conversations:
-        home = id(conversation.home)
-        resident[home] += conversation.resident
-        parked[home] += conversation.parked
-        if conversation.active == 0:
-            idle[home] += conversation.resident
-        if conversation.resident and conversation.parked:
-            raise InvariantError(f"conversation {conversation.id} is resident and parked")
-    for turn in turns:
-        live[turn.conversation.id] += 1
-        reserved[id(turn.decoder)] += turn.reserved
-        reserved[id(turn.prefiller)] += turn.prefill_reserved
-        reserved[id(turn.source)] += turn.source_reserved
-        parked[id(turn.source)] += turn.source_parked
-        backlog[id(turn.prefiller if turn.phase is Phase.PREFILL else turn.decoder)] += turn.backlog
-        if (turn.phase is Phase.WAITING) != (turn.decoder is None):
-            raise InvariantError(f"turn {turn.id} is {turn.phase.value} on {turn.decoder}")
-    for engine in engines:
-        key = id(engine)
-        booked = (
-            engine.resident_tokens,
-            engine.parked_tokens,
-            engine.idle_tokens,
-            engine.reserved_tokens,
-            engine.prefill_backlog_tokens,
-        )
-        counted = (resident[key], parked[key], idle[key], reserved[key], backlog[key])
-        if booked != counted:
-            raise InvariantError(f"engine {engine.id}: booked {booked}, counted {counted}")
-    for conversation_id, number in live.items():
-        if number < 0:
-            raise InvariantError(f"conversation {conversation_id} has {number} live turns")

@@ -7,12 +7,16 @@ The life of a turn::
                       │  └── a new plan: engine lost, retry ◄─────┘  TurnFailed, TurnAborted
                       └──► Reject, CloseTurn(rejected)               ──► CloseTurn(failed | aborted)
 
+What a decoder prefills by itself begins with DECODE, the copy of a conversation that moves with
+HANDOFF.
+
 The rules:
 
 1. Every turn that arrives is closed exactly once, with one outcome. A turn that waits has an
    event that wakes it and a time at which it is refused.
-2. A conversation is pinned to its home until it ends, its engine is lost or drains, or its home
-   has no room for it even after parking. Each move is counted with its reason.
+2. A conversation is pinned to its home until it ends, its engine is lost or drains, its home has
+   no room for it even after parking, or the policy has it moved, with its KV, at a turn boundary.
+   Each move is counted with its reason.
 3. Room is reserved on decoder and prefiller together, before anything runs, so that neither can
    wait for the other.
 4. Idle conversations are parked before anything is held, moved or refused.
@@ -28,7 +32,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from conserve_serving.core import ledger
+from conserve_serving.core import audit, ledger
 from conserve_serving.core.counters import Counters
 from conserve_serving.core.decisions import CloseTurn, Decision, Reject, WakeAt
 from conserve_serving.core.dispatch import Dispatcher
@@ -158,9 +162,9 @@ class Scheduler:
             recount: also add up every conversation and turn (linear in their number).
         """
         for engine in self._placer.engines.values():
-            ledger.check(engine)
+            audit.check(engine)
         if recount:
-            ledger.recount(
+            audit.recount(
                 self._placer.engines.values(), self._conversations.values(), self._turns.values()
             )
 
