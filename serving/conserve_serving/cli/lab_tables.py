@@ -1,4 +1,4 @@
-"""What `conserve simulate` and `conserve compare` print: pure functions from rows to tables."""
+"""What `conserve compare` prints: pure functions from rows to tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from conserve_serving.lab.goodput import Target
 from conserve_serving.lab.stats import Estimate, Verdict, difference, mean, ratio, verdict
-from conserve_serving.replay.report import format_number, format_seconds
+from conserve_serving.replay.report import format_number
 
 Row = Mapping[str, Any]
 
@@ -22,172 +22,10 @@ Row = Mapping[str, Any]
 _PLAIN_WIDTH: Final = 160
 _STYLE: Final = {Verdict.WIN: "green", Verdict.LOSS: "red", Verdict.TIE: "dim"}
 
-_LATENCIES: Final = (
-    ("ttfet_s", "TTFET"),
-    ("ttfet_without_gaps_s", "TTFET without gaps"),
-    ("first_turn_ttft_s", "first-turn TTFT"),
-    ("tail_turn_ttft_s", "tail-turn TTFT"),
-    ("last_turn_tbt_s", "last-turn TBT"),
-    ("e2e_s", "end to end"),
-)
-_PARTS: Final = (
-    ("held", "held for room, or behind another turn"),
-    ("prefill_queue", "queued for prefill"),
-    ("prefill", "prefill"),
-    ("handoff", "KV on its way"),
-    ("decoder_wait", "waiting at the decoder"),
-    ("decode", "decode of earlier turns"),
-    ("gaps", "tool gaps"),
-)
-
 
 def plain_console() -> Console:
     """Standard output; wide enough for a table where it is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
-
-
-# --- one cell -------------------------------------------------------------------------------------
-
-
-def cell_table(row: Row) -> RenderableType:
-    """One run as a person wants to read it.
-
-    Args:
-        row: of :func:`conserve_serving.lab.cell.run_cell`.
-    """
-    parts: list[RenderableType] = [
-        Text(_headline(row), style="bold"),
-        Text(),
-        _latencies(row["latency"], gaps=bool(_part(row, "all", "gaps"))),
-        Text(),
-        _facts(row),
-        Text(),
-        _where(row),
-        Text(),
-        _engines(row["engines"]),
-    ]
-    parts += [Text(f"note: {note}", style="yellow") for note in _notes(row)]
-    return Group(*parts)
-
-
-def _headline(row: Row) -> str:
-    cell, virtual = row["cell"], format_seconds(row["virtual_s"])
-    rate = cell["workload"]["rate_per_s"]
-    return (
-        f"{cell['contender']['label']} on {cell['cluster']['name']}: {row['workload']['name']}, "
-        f"{row['conversations']:,} conversations, {row['turns']:,} turns"
-        + (f" at {rate:g} conversations/s" if rate else " as recorded")
-        + f"; {virtual} of virtual time in {format_seconds(row['wall_s'])}"
-    )
-
-
-def _latencies(latency: Mapping[str, Any], *, gaps: bool) -> Table:
-    table = _table("", "p50", "p95", "p99", "p50 / idle", "p95 / idle")
-    for key, title in _LATENCIES:
-        if key == "ttfet_without_gaps_s" and not gaps:
-            continue
-        absolute, alone = latency[key], latency.get(f"{key}_normalized", {})
-        table.add_row(
-            title,
-            *(format_seconds(absolute[p]) for p in ("p50", "p95", "p99")),
-            *(format_number(alone.get(p)) for p in ("p50", "p95")),
-        )
-    return table
-
-
-def _facts(row: Row) -> Table:
-    slo, tokens = row["slo"], row["tokens"]
-    transfers = row["transfers_per_conversation"]
-    rates = [row["arrival_rate_per_s"], row["completion_rate_per_s"]]
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    met = ", ".join(
-        f"{name} {_percent(slo[key])}"
-        for key, name in (
-            ("ttfet", "TTFET"),
-            ("first_turn_ttft", "first-turn TTFT"),
-            ("last_turn_tbt", "last-turn TBT"),
-            ("e2e", "E2E"),
-        )
-    )
-    low, high = row["tokens_per_j_high"], row["tokens_per_j_low"]
-    for name, value in (
-        (f"within {slo['factor']:g} × idle", f"{_percent(slo['all'])} in all ({met})"),
-        (
-            "tokens per joule",
-            f"{format_number(row['tokens_per_j'])}, {format_number(low)} to {format_number(high)} "
-            "between the power models (modelled, idle power included)",
-        ),
-        (
-            "KV transfers",
-            f"mean {format_number(transfers['mean'])} per conversation, max "
-            f"{format_number(transfers['max'])}{_reasons(row['transfers'])}",
-        ),
-        (
-            "tokens",
-            f"{tokens['prompt']:,} prompt ({_share(tokens['cached'], tokens['prompt'])} cached), "
-            f"{tokens['output']:,} output, {tokens['recomputed']:,} computed again",
-        ),
-        (
-            "KV out of memory",
-            f"{row['parks']:,} parked, {row['evicted_tokens']:,} tokens evicted, "
-            f"{row['dropped_tokens']:,} dropped, {row['retractions']:,} requests put back",
-        ),
-        ("held", _reasons(row["holds"]).strip(" ()") or "none"),
-        ("arrived, finished per s", " → ".join(format_number(rate) for rate in rates)),
-    ):
-        table.add_row(name, value)
-    return table
-
-
-def _where(row: Row) -> RenderableType:
-    where = row["where"]
-    if where["all"] is None:
-        return Text("no conversation was finished")
-    table = _table("time to TTFET, mean seconds", "all", "slowest 5 %", "slowest 5 % / idle")
-    for part, title in _PARTS:
-        values = [where[name][part] for name in ("all", "p95", "p95_normalized")]
-        if any(values):
-            table.add_row(title, *(format_number(round(value, 3)) for value in values))
-    for key, title, style in (
-        ("ttfet_s", "TTFET", "bold"),
-        ("ideal_ttfet_s", "alone, on the idle cluster", "bold"),
-        ("ideal_prefill", "  of it prefill", ""),
-        ("ideal_decode", "  of it decode of earlier turns", ""),
-    ):
-        values = [where[name][key] for name in ("all", "p95", "p95_normalized")]
-        table.add_row(title, *(format_number(round(value, 3)) for value in values), style=style)
-    return table
-
-
-def _engines(engines: Mapping[str, Any]) -> Table:
-    columns = ("busy", "prefill", "decode", "mixed", "egress", "ingress")
-    table = _table("engine", "profile", *columns)
-    for name, use in engines.items():
-        table.add_row(name, use["profile"], *(_percent(use[column]) for column in columns))
-    return table
-
-
-def _notes(row: Row) -> list[str]:
-    notes = []
-    if row["saturated"]:
-        notes.append(
-            f"saturated: conversations were completed {row['stretch']:.2f} times as slowly as they "
-            "arrived. Latencies depend on how long the run was."
-        )
-    if row["conversations_incomplete"]:
-        notes.append(
-            f"{row['conversations_incomplete']} conversations broke off: they are in no latency, "
-            "and miss every SLO."
-        )
-    cut, dropped = row["workload"]["cut_by_context"], row["workload"]["dropped_by_context"]
-    if cut or dropped:
-        notes.append(
-            f"of the trace's conversations {cut} were cut and {dropped} dropped at "
-            f"{row['workload']['max_context_tokens']:,} tokens, the longest context allowed."
-        )
-    return notes
 
 
 # --- many cells -----------------------------------------------------------------------------------
@@ -266,7 +104,7 @@ def _point_table(
     title += (
         f", {load:g} conversations/s" if by_rate else f", {100 * load:g} % of each one's capacity"
     )
-    table = _table("", *(figure.title for figure in FIGURES), "KV\ntransfers")
+    table = bare_table("", *(figure.title for figure in FIGURES), "KV\ntransfers")
     for label, by_seed in contenders.items():
         runs = list(by_seed.values())
         name = Text(label)
@@ -324,7 +162,7 @@ def goodput_table(
         Target.TTFET_WITHOUT_GAPS: "goodput: at most 5 % miss the TTFET SLO, gaps left out",
         Target.ANY: "goodput: at most 5 % miss any SLO",
     }
-    table = _table("", "conversations/s", f"against {baseline}")
+    table = bare_table("", "conversations/s", f"against {baseline}")
     for label, rates in found.items():
         known = [rate for rate in rates if rate is not None]
         value = _interval(mean(known), format_number) if known else "–"
@@ -363,26 +201,9 @@ def _hundredths(share: float) -> str:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def _table(*columns: str) -> Table:
+def bare_table(*columns: str) -> Table:
+    """A table without lines: the first column to the left, figures to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
     return table
-
-
-def _part(row: Row, group: str, part: str) -> float:
-    values = row["where"][group]
-    return 0.0 if values is None else float(values[part])
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.3g} %"
-
-
-def _share(part: int, whole: int) -> str:
-    return _percent(part / whole if whole else None)
-
-
-def _reasons(counts: Mapping[str, int]) -> str:
-    said = ", ".join(f"{reason} {count:,}" for reason, count in counts.items() if count)
-    return f" ({said})" if said else ""

@@ -11,8 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from conserve_serving.cli.cell_table import cell_table
 from conserve_serving.cli.lab_options import Setup, contender_help, lab_errors, lab_options
-from conserve_serving.cli.lab_tables import cell_table, plain_console
+from conserve_serving.cli.lab_tables import plain_console
 from conserve_serving.cli.params import FiniteRange
 from conserve_serving.lab.cell import Cell, run_cell
 from conserve_serving.lab.contenders import contender
