@@ -85,9 +85,12 @@ def test_the_prefiller_queues_as_lindley_says() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "count"), [(0.5, 40_000), (0.7, 80_000)])
+@pytest.mark.parametrize(("share", "count"), [(0.3, 30_000), (0.5, 60_000)])
 def test_the_prefiller_queues_as_m_d_1(share: float, count: int) -> None:
-    """Poisson arrivals, equal prompts, one server: Pollaczek and Khinchine's mean wait."""
+    """Poisson arrivals, equal prompts, one server: Pollaczek and Khinchine's mean wait.
+
+    So many arrivals that the mean's standard deviation over seeds is well below 1 %.
+    """
     mean_s, busy = queue(count, share, seed=7)
     assert mean_s == pytest.approx(share * service_s() / (2 * (1 - share)), rel=0.02)
     assert busy == pytest.approx(share, rel=0.01)
