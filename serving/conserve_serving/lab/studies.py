@@ -29,7 +29,7 @@ PAPER_MAX_TURNS: Final = 5
 
 #: Loads of the steady study, as shares of what the cluster can carry when every engine hosts
 #: (`lab.capacity`): the last of them is about where queues begin to grow without end.
-STEADY_SHARES: Final = (0.4, 0.6, 0.75, 0.85, 0.92)
+STEADY_SHARES: Final = (0.4, 0.6, 0.8, 0.92)
 
 #: The paper's own policy, ours, and the strongest of those they have to beat.
 MAIN: Final = (
