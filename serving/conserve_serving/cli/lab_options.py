@@ -29,7 +29,7 @@ class CommaList(click.ParamType[tuple[Any, ...]]):
     def __init__(self, inner: click.ParamType[Any]) -> None:
         """Args: type of each."""
         self._inner = inner
-        self.name = f"{inner.name},…"
+        self.name = "number,…" if isinstance(inner, click.FloatRange) else "name,…"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
