@@ -302,6 +302,24 @@ def test_only_ours_keeps_the_slo() -> None:
     assert "only ours carries anything" in tier_text.text(site)
 
 
+def test_an_slo_that_is_missed_below_a_load_that_keeps_it_is_told() -> None:
+    made = []
+    for seed in range(3):
+        for rate in (0.8, 1.2, 1.6, 2.0):
+            for policy in ("conserve_plus", "collocated_speed"):
+                row = planted.row(policy=policy, rate_per_s=rate, seed=seed, on=UNLIKE)
+                dips = policy == "conserve_plus" and rate == 1.2 and seed == 1
+                row["slo"]["all"] = 0.0 if dips else 0.9 if rate == 2.0 else 0.97
+                made.append(row)
+    (site,) = verdicts(Rows(made), {})
+    assert site.dips == {"conserve_plus": (1.2, 1.6)}
+    assert "conserve_plus misses them at 1.2/s and keeps them at 1.6/s" in tier_text.text(site)
+    # What it carries ends where it first fails.
+    found = site.goodputs["conserve_plus"]["Gany"]
+    assert found is not None and found.by_seed[1] < 1.2
+    assert found.by_seed[0] > 1.6
+
+
 def test_tables_and_plain_data_have_every_site() -> None:
     sites = judge(dict.fromkeys(LABELS, 1.0), parts=capacity(), equal=1.0)
     for table in (tier_tables.table(sites), tier_tables.carried(sites)):

@@ -186,6 +186,7 @@ def _plain(site: SiteVerdict) -> dict[str, Any]:
         "each": {label: _found(one) for label, one in site.each.items()},
         "at_equal_loads": _by_load(site.loads),
         "conserve_plus_at_equal_loads": _by_load(site.plus),
+        "dips_per_s": {label: list(dip) for label, dip in site.dips.items()},
         **{name: _against(getattr(site, name)) for name in prices},
         "verdict": text(site),
     }

@@ -170,7 +170,14 @@ def _misses(site: SiteVerdict) -> str:
         if missed and max(missed.values()) > 0:
             worst = max(missed, key=lambda name: missed[name])
             said.append(f"{label} misses most in {SLOS[worst]} ({_percent(missed[worst])})")
-    return f"At {say_rate(max(site.loads))}/s {', '.join(said)}." if said else ""
+    misses = f"At {say_rate(max(site.loads))}/s {', '.join(said)}." if said else ""
+    dips = [
+        f"{label} misses them at {three(low)}/s and keeps them at {three(high)}/s"
+        for label in dict.fromkeys((main.ours, "conserve_plus", main.rival))
+        if label in site.dips
+        for low, high in (site.dips[label],)
+    ]
+    return f"{misses} Under some seed {', '.join(dips)}." if dips else misses
 
 
 def _plus(site: SiteVerdict) -> str:

@@ -15,11 +15,13 @@ from typing import Final
 from conserve_serving.lab.capacity import ClusterCapacity
 from conserve_serving.lab.cell import cell_from_json
 from conserve_serving.lab.clusters import ClusterSpec
+from conserve_serving.lab.goodput import MISSES
 from conserve_serving.lab.report.carried import Capacities
 from conserve_serving.lab.report.context import Context
 from conserve_serving.lab.report.metrics import (
     FIRST_TURN_TTFT,
     LAST_TURN_TBT,
+    SLO_ALL,
     TOKENS_PER_J,
     TTFET,
     Metric,
@@ -40,6 +42,8 @@ SLOS: Final = {
 }
 #: The bound of a finding in which neither found its end.
 BOTH: Final = "both carried every load that was run"
+#: A load that fails this far below one that passes is no noise of the search.
+DIP: Final = 0.8
 METRICS: Final[tuple[Metric, ...]] = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, TOKENS_PER_J)
 
 
@@ -103,6 +107,8 @@ class SiteVerdict:
         busy: by tier, the share of its time that it worked under ``conserve``, at the middle load.
         missed: of the two that the verdict is about, the share that misses each SLO at the highest
             common load.
+        dips: of contenders that under some seed miss the SLO at a load well below one at which they
+            keep it, these two loads; the goodput counts up to the lower one.
         cheapest: against the equal tiers that carry most per dollar; None: there are none.
         coolest: against those that carry most per rated watt.
         sized_by_rent, sized_by_power: against those nearest in rent, and in rated power.
@@ -120,6 +126,7 @@ class SiteVerdict:
     plus: Mapping[float, Mapping[str, Finding]]
     busy: Mapping[str, float]
     missed: Mapping[str, Mapping[str, float]]
+    dips: Mapping[str, tuple[float, float]]
     cheapest: Against | None = None
     coolest: Against | None = None
     sized_by_rent: Against | None = None
@@ -188,7 +195,24 @@ def _site(context: Context, place: Place, capacities: Capacities) -> SiteVerdict
             label: _missed(rows, place, label, rates[-1])
             for label in ((main.ours, main.rival) if main and rates else ())
         },
+        dips={label: dip for label in goodputs if (dip := _dip(rows, place, label)) is not None},
     )
+
+
+def _dip(rows: Rows, place: Place, label: str) -> tuple[float, float] | None:
+    """Of the seed in which a load that fails is furthest below one that passes, the two."""
+    widest: tuple[float, float] | None = None
+    for found in rows.by_seed(place, label).values():
+        met = [
+            (row.rate_per_s, share) for row in found if (share := SLO_ALL.of(row.raw)) is not None
+        ]
+        failing = [rate for rate, share in met if share < 1.0 - MISSES]
+        passing = [rate for rate, share in met if share >= 1.0 - MISSES]
+        if failing and passing and min(failing) < DIP * max(passing):
+            dip = (min(failing), max(passing))
+            if widest is None or dip[1] / dip[0] > widest[1] / widest[0]:
+                widest = dip
+    return widest
 
 
 def _common_rates(rows: Rows, place: Place) -> list[float]:
