@@ -1,4 +1,4 @@
-"""Compile the simulator's hot path with mypyc: the same results, about 2.7 times as fast.
+"""Compile the simulator's hot path with mypyc: the same results, about 2.5 times as fast.
 
 Copies the package to build/compiled/ and compiles the scheduler core, the engine model and the
 simulator there; the source tree is not touched, so that nothing in it can be out of date. Whatever

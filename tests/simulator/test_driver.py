@@ -14,6 +14,7 @@ from conserve_serving.core.decisions import Decision, Place
 from conserve_serving.core.events import Event, HandoffFinished, PrefillFinished, TurnArrived
 from conserve_serving.core.types import ConversationId, EngineId, Outcome, Reason, TransferReason
 from conserve_serving.engines.model_types import ModelConfig
+from conserve_serving.engines.profile import load_profile
 from conserve_serving.simulator import (
     DeadlockError,
     SimulatedConversation,
@@ -373,3 +374,23 @@ def test_hand_overs_of_one_sender_queue_for_its_link() -> None:
     assert len(prefilled) == 1
     one_s = A40.handoff_s(1_024)
     assert handed == pytest.approx([(prefilled.copy().pop() or 0.0) + one_s * n for n in (1, 2)])
+
+
+def test_what_two_senders_hand_over_queues_at_the_receiver() -> None:
+    """Each leaves its prefiller over a link of its own, and both come in over the decoder's."""
+    profile = load_profile("h100-qwen3-8b").replace(host_link_bytes_per_s=1e9)
+    virtual = VirtualCluster(
+        scheduler(handoff_min_tokens=1),
+        engines(prefillers=2, decoders=1, profile=profile, chunk_tokens=8_192),
+    )
+    virtual.feed([conversation(f"c{i}", (8_192, 10)) for i in range(2)])
+    summary = virtual.run()
+    assert {r.prefiller for r in virtual.results} == {"p0", "p1"}
+    (handed_s,) = {r.handed_s for r in virtual.results}  # at the same time
+    assert handed_s is not None
+    firsts = sorted(r.first_token_s or 0.0 for r in virtual.results)
+    one_s = profile.ingress_s(8_192 - 64)  # the last page is computed for its logits
+    assert one_s > 1.0
+    assert [at_s - handed_s for at_s in firsts] == pytest.approx([one_s, 2 * one_s], rel=0.05)
+    assert summary.engines[EngineId("d0")].ingress_busy_s == pytest.approx(2 * one_s)
+    assert summary.engines[EngineId("p0")].egress_busy_s == pytest.approx(profile.handoff_s(8_192))
