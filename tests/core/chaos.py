@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections import Counter
 
 from conserve_serving.core import Scheduler, SchedulerSettings, make_policy
-from conserve_serving.core.decisions import CloseTurn, Decision, Hold, Place, Reject, WakeAt
+from conserve_serving.core.decisions import (
+    CloseTurn,
+    Decision,
+    Hold,
+    Place,
+    Reject,
+    Release,
+    WakeAt,
+)
 from conserve_serving.core.events import (
     ConversationEnded,
     ConversationIdled,
@@ -24,7 +32,7 @@ from conserve_serving.core.events import (
     TurnFailed,
     TurnFinished,
 )
-from conserve_serving.core.state import ConversationState, Phase, TurnState
+from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
 from conserve_serving.core.types import (
     ConversationId,
     EngineId,
@@ -83,7 +91,12 @@ class Chaos:
     """Engines, conversations and turns in any state; every operation is legal at any time."""
 
     def __init__(
-        self, policy: str, *, tier_mode: TierMode = TierMode.DEDICATED, tight: bool = False
+        self,
+        policy: str,
+        *,
+        tier_mode: TierMode = TierMode.DEDICATED,
+        tight: bool = False,
+        copies: bool = True,
     ) -> None:
         """With ``tight``, engines hold two or three contexts, and no room is kept for growth."""
         settings = SchedulerSettings(
@@ -94,7 +107,8 @@ class Chaos:
             protect_idle_s=6.0,
             max_waiting_turns=6,
             headroom=0.0 if tight else 1.0,
-            copies=True,
+            copies=copies,
+            review_interval_s=0.5,
         )
         self.tight = tight
         self.scheduler = Scheduler(settings, make_policy(policy, settings))
@@ -110,6 +124,9 @@ class Chaos:
         self.prompts: dict[TurnId, int] = {}
         self.outcomes: dict[TurnId, Outcome] = {}
         self.handed_over: set[TurnId] = set()
+        self.prefilled: set[TurnId] = set()
+        self.copied: set[TurnId] = set()
+        self.kv: set[tuple[EngineState, ConversationId]] = set()  # what engines have, for certain
         self.first_transfers: Counter[ConversationState] = Counter()
         self.wake_s: float | None = None
         self.holding: dict[TurnId, Hold] = {}
@@ -120,6 +137,7 @@ class Chaos:
         place = self.plans.get(event.turn) if isinstance(event, HandoffFinished) else None
         state = self.scheduler.conversation(place.conversation) if place is not None else None
         before = counted[TransferReason.FIRST_TURN]
+        self.note_kv(event)
         decisions = self.scheduler.handle(event, now_s=self.now_s)
         if state is not None and counted[TransferReason.FIRST_TURN] > before:
             self.first_transfers[state] += 1
@@ -129,7 +147,38 @@ class Chaos:
             self.follow(decision)
         self.scheduler.check_invariants(recount=True)
         self.check_waiting()
+        self.check_kv()
         return decisions
+
+    def note_kv(self, event: Event) -> None:
+        """An engine has KV of a turn's conversation now, if the event is about a current plan."""
+        if not isinstance(event, PrefillFinished | HandoffFinished | TurnFinished):
+            return
+        place = self.plans.get(event.turn)
+        if place is None or place.plan != event.plan:
+            return
+        if isinstance(event, HandoffFinished):
+            failed = event.fallback is not None or place.transfer is None
+            if failed or event.turn in self.copied:
+                self.copied.add(event.turn)
+                return
+            self.copied.add(event.turn)
+        elif isinstance(event, PrefillFinished) and place.prefiller is not None:
+            return
+        self.kv.add((self.scheduler.engines[place.decoder], place.conversation))
+
+    def check_kv(self) -> None:
+        """KV that is on an engine is in the books, until its release has been decided."""
+        used = {
+            (engine, turn.conversation.id)
+            for turn in live_turns(self.scheduler)
+            for engine in (turn.decoder, turn.source)
+        }
+        self.kv = {(engine, id) for engine, id in self.kv if not engine.lost}
+        for engine, id in self.kv - used:
+            conversation = self.scheduler.conversation(id)
+            assert conversation is not None, f"KV of {id}, which is over, is left on {engine.id}"
+            assert conversation.home is engine, f"KV of {id} on {engine.id} is in no book"
 
     def check_waiting(self) -> None:
         """Whoever waits will be woken, waits for somebody, and waits for no room that is there."""
@@ -196,7 +245,8 @@ class Chaos:
             room = self.scheduler.engines[decision.decoder].longest_context_tokens
             assert self.prompts[decision.turn] < room
             self.plans[decision.turn] = decision
-            self.handed_over.discard(decision.turn)
+            for done in (self.handed_over, self.prefilled, self.copied):
+                done.discard(decision.turn)
             self.holding.pop(decision.turn, None)
         elif isinstance(decision, CloseTurn):
             assert decision.turn not in self.outcomes, "a turn ended twice"
@@ -208,6 +258,8 @@ class Chaos:
             self.plans.pop(decision.turn, None)
             assert decision.waits_for
             self.holding[decision.turn] = decision
+        elif isinstance(decision, Release):
+            self.kv.discard((self.scheduler.engines[decision.engine], decision.conversation))
         elif isinstance(decision, Reject):
             assert decision.retry_after_s is None or decision.retry_after_s > 0
         elif isinstance(decision, WakeAt):
@@ -326,8 +378,13 @@ class Chaos:
             self.send(TurnFailed(turn=turn, plan=plan, engine=at, retryable=b % 20 == 0))
         elif place.transfer is not None and turn not in self.handed_over and b % 10 != 1:
             if b % 2:
-                self.send(PrefillFinished(turn=turn, plan=plan, prompt_tokens=38 * b))
-                self.prompts[turn] = max(1, 38 * b)
+                # Estimates are not so far off that it fits its decoder no more.
+                room = self.scheduler.engines[place.decoder].longest_context_tokens
+                self.prompts[turn] = max(1, min(38 * b, room - 1))
+                self.send(PrefillFinished(turn=turn, plan=plan, prompt_tokens=self.prompts[turn]))
+                if b % 4 == 3 and turn not in self.prefilled:
+                    self.prefilled.add(turn)
+                    return  # its KV is on the link; anything may happen before it arrives
             fallback = Fallback.ACK_LATE if b % 5 == 0 else None
             self.handed_over.add(turn)
             self.send(

@@ -23,9 +23,14 @@ THOROUGH = settings(
 
 
 def run(
-    policy: str, operations: list[tuple[int, int, int]], mode: TierMode, *, tight: bool = False
+    policy: str,
+    operations: list[tuple[int, int, int]],
+    mode: TierMode,
+    *,
+    tight: bool = False,
+    copies: bool = True,
 ) -> Chaos:
-    chaos = Chaos(policy, tier_mode=mode, tight=tight)
+    chaos = Chaos(policy, tier_mode=mode, tight=tight, copies=copies)
     for index in range(3):
         chaos.join(f"{'pdd'[index]}{index}", 20 + index)
     for operation in operations:
@@ -52,15 +57,16 @@ def run(
     ],
 )
 @THOROUGH
-@given(operations=OPERATIONS)
+@given(operations=OPERATIONS, copies=st.booleans())
 def test_every_turn_ends_once_and_nothing_leaks(
-    policy: str, mode: TierMode, tight: bool, operations: list[tuple[int, int, int]]
+    policy: str, mode: TierMode, tight: bool, operations: list[tuple[int, int, int]], copies: bool
 ) -> None:
-    chaos = run(policy, operations, mode, tight=tight)
+    chaos = run(policy, operations, mode, tight=tight, copies=copies)
     assert chaos.outcomes.keys() == chaos.arrived.keys()
     scheduler = chaos.scheduler
     assert scheduler.live_turns == scheduler.waiting_turns == 0
     assert scheduler.open_conversations == 0
+    assert not chaos.kv
     for engine in scheduler.engines.values():
         assert engine.held_tokens == engine.parked_tokens == engine.active_tokens == 0
         assert engine.prefill_backlog_tokens == engine.conversations == 0

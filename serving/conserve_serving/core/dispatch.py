@@ -58,6 +58,8 @@ class Dispatcher(Planner):
                 for turn in candidates:
                     if turn.waits_at is engine:  # whose home this was may have none any more
                         self.waiting.settle(turn, self._waiting_place(turn))
+                # While a later turn waits here no new conversation gets in: that is settled first.
+                candidates.sort(key=lambda turn: not turn.conversation.turns)
                 placed = self._retry_all(candidates)
                 if placed and len(candidates) < waiting:
                     again[engine.id] = engine  # there may be room for more than were tried
