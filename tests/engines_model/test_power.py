@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conserve_serving.engines.power import EnergyMeter, PowerModel
+from conserve_serving.engines.power import EnergyMeter, PowerModel, reprice
 
 POWER = PowerModel(
     idle_w=100.0, prefill_w=700.0, decode_p0_w=400.0, decode_ps_w=600.0, decode_h=64.0
@@ -50,3 +50,22 @@ def test_every_board_counts() -> None:
 def test_nonsense_is_refused(duration_s: float, share: float) -> None:
     with pytest.raises(ValueError, match="prefill share"):
         EnergyMeter(POWER).step(duration_s, prefill_share=share, decode_batch=1)
+
+
+def test_seconds_by_state_price_the_same_work_under_another_model() -> None:
+    """As a second meter would have, that ran with the other model from the start."""
+    other = PowerModel(
+        idle_w=60.0, prefill_w=500.0, decode_p0_w=300.0, decode_ps_w=350.0, decode_h=8.0, boards=2
+    )
+    meters = [EnergyMeter(POWER), EnergyMeter(other)]
+    for meter in meters:
+        meter.idle(2.0)
+        for batch, share in ((0, 1.0), (1, 0.0), (7, 0.0), (7, 0.25), (40, 0.5), (1, 0.0)):
+            meter.step(0.5 + batch, prefill_share=share, decode_batch=batch)
+    seconds = meters[0].seconds()
+    assert seconds.total_s == pytest.approx(2.0 + 6 * 0.5 + 1 + 7 + 7 + 40 + 1)
+    assert seconds.decode_s == {1: 3.0, 7: 7.5}
+    for power, meter in zip((POWER, other), meters, strict=True):
+        priced, counted = reprice(seconds, power), meter.reading()
+        for part in ("idle_j", "prefill_j", "decode_j", "mixed_j"):
+            assert getattr(priced, part) == pytest.approx(getattr(counted, part))
