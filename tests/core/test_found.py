@@ -670,3 +670,16 @@ def test_kv_left_behind_while_another_turn_runs_elsewhere_is_released() -> None:
     assert (release.engine, release.tokens) == ("d1", 10_112)
     # Where a turn of it still runs, its KV goes when that has ended.
     assert one(world.finish(places[0], 10_000), Release).engine == "d0"
+
+
+def test_kv_under_turns_that_come_to_nothing_where_it_lives_no_more_is_released() -> None:
+    world = World("round_robin")
+    world.engine("d0")
+    world.first_turn("t0", "c")
+    for turn in ("t1", "t2"):
+        world.arrive(turn, "c", 10_200)
+    world.engine("d1")
+    decisions = [*world.arrive("t3", "c", 10_300), *world.arrive("t4", "c", 10_300)]
+    assert "d1" in {d.decoder for d in decisions if isinstance(d, Place)}
+    gone = [d for t in ("t1", "t2", "t3") for d in world.send(TurnAborted(turn=TurnId(t)))]
+    assert [d.engine for d in gone if isinstance(d, Release)] == ["d0"]

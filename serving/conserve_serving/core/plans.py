@@ -211,7 +211,8 @@ class Planner:
                 return False  # room on both or on none
             self._park(prefiller, parked_too)
         self._park(decoder, parked)
-        if conversation.home not in (None, decoder) and not _runs_at_home(conversation):
+        former = conversation.home
+        if former is not None and former is not decoder and not _runs_on(turn, former):
             self.release(conversation, Reason.CONVERSATION_MOVED)
             conversation.moved_because = cause
         if cause is not None:
@@ -334,7 +335,8 @@ class Planner:
             if not decoder.lost:
                 self.say.parks(decoder, parked)
                 self.free(decoder)
-                if conversation.home is not decoder and context_tokens:
+                left = context_tokens or self._policy.tail is Tail.ANYWHERE  # what it had before
+                if left and conversation.home is not decoder and not _runs_on(turn, decoder):
                     self.say.release(conversation, decoder, 0, Reason.CONVERSATION_MOVED)
         turn.phase = Phase.WAITING
         turn.prefilled = False
@@ -394,10 +396,10 @@ class Planner:
         self.say.parks(engine, conversations)
 
 
-def _runs_at_home(conversation: ConversationState) -> bool:
-    home = conversation.home
-    return (
-        home is not None
-        and conversation.active > 0
-        and any(t.conversation is conversation and t.decoder is home for t in home.turns.values())
+def _runs_on(turn: TurnState, engine: EngineState) -> bool:
+    """Whether another turn of its conversation runs there."""
+    conversation = turn.conversation
+    return conversation.active > 0 and any(
+        other.conversation is conversation and other.decoder is engine and other is not turn
+        for other in engine.turns.values()
     )
