@@ -93,7 +93,8 @@ def section(context: Context, given: Sequence[Condition]) -> Section:
     return Section(
         id="conditions",
         title="Conditions",
-        help=f"Intervals: paired percentile bootstrap over seeds, {100 * CONFIDENCE:g} %, "
+        help="Intervals: paired bootstrap over seeds (expanded percentiles), "
+        f"{100 * CONFIDENCE:g} %, "
         f"{RESAMPLES:,} resamples; a win or a loss also exceeds {100 * MARGIN:g} %. They tell how "
         "much another draw of arrivals would change a figure. What a wrong assumption would change "
         "is in the sensitivities.",
