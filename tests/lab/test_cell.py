@@ -246,6 +246,13 @@ def test_contenders_with_variations() -> None:
         ("conserve:speed=1", "no scheduler setting 'speed'"),
         ("conserve:tier_mode=1", "no scheduler setting 'tier_mode'"),
         ("conserve:headroom=much", "headroom is 'much', which is no number"),
+        ("conserve:headroom=nan", "headroom is nan. Give a number of 0 or more"),
+        ("conserve:headroom=-1", "headroom is -1. Give a number of 0 or more"),
+        ("conserve:max_hold_s=inf", "max_hold_s is inf. Give a number of 0 or more"),
+        ("conserve:max_attempts=0", "max_attempts is 0. Give a whole number of 1 or more"),
+        ("conserve:handoff_min_tokens=0.5", "handoff_min_tokens is 0.5. Give a whole number"),
+        ("conserve:review_interval_s=0", "review_interval_s is 0. Give a number above 0"),
+        ("conserve:copies=7", "copies is 7. Give 0 or 1"),
     ],
 )
 def test_contenders_that_cannot_be(name: str, text: str) -> None:

@@ -8,6 +8,7 @@ refused conversation would drop out of the latencies exactly where they are wors
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
@@ -25,6 +26,9 @@ PATIENCE: Final[dict[str, float | int]] = {
     "max_waiting_turns": 10**9,
     "idle_timeout_s": 1e9,
 }
+
+#: Settings that may not be 0; the least of those that are counts.
+_LEAST: Final = {"idle_timeout_s": 0, "max_attempts": 1, "review_interval_s": 0}
 
 #: Predictors, and what each knows; ``lab/predictors.py`` makes them.
 PREDICTORS: Final[dict[str, str]] = {
@@ -74,6 +78,7 @@ class Contender:
                     f"contender {self.label!r}: there is no scheduler setting {name!r} to change "
                     f"here. There are: {', '.join(n for n in known if n != 'tier_mode')}."
                 )
+            _check(self.label, name, self.settings[name])
 
     def scheduler_settings(self) -> SchedulerSettings:
         """The settings its scheduler gets."""
@@ -241,6 +246,23 @@ def contender(name: str) -> Contender:
 def available() -> list[str]:
     """Labels of the contenders whose policy exists."""
     return [label for label, entry in CONTENDERS.items() if entry.policy in POLICIES]
+
+
+def _check(label: str, name: str, value: Any) -> None:
+    """Refuse what the gateway's configuration refuses of a setting, too."""
+    default = getattr(SchedulerSettings(), name)
+    if isinstance(default, bool):
+        wanted, fits = "0 or 1", value in (0, 1)
+    elif default is None or isinstance(default, int):
+        least = _LEAST.get(name, 0)
+        wanted = f"a whole number of {least} or more"
+        fits = value is default or (isinstance(value, int) and value >= least)
+    elif name in _LEAST:
+        wanted, fits = "a number above 0", 0 < value < math.inf
+    else:
+        wanted, fits = "a number of 0 or more", 0 <= value < math.inf
+    if not fits:
+        raise LabError(f"contender {label!r}: {name} is {value}. Give {wanted}.")
 
 
 def _number(name: str, key: str, value: str) -> float | int:
