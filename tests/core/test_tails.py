@@ -250,6 +250,12 @@ def test_a_conversation_whose_home_is_full_takes_its_kv_along() -> None:
     assert one(at.handed_over(place), Release).engine == "d0"
 
 
+def test_a_rewritten_conversation_has_nothing_to_take_along() -> None:
+    at, first = world(TailAction.MOVE)
+    place = one(at.arrive("t1", "c", 10_500, reusable_tokens=0), Place)
+    assert (place.decoder, place.source) == (first.decoder, None)
+
+
 def test_a_prediction_takes_the_place_of_what_was_observed() -> None:
     at = World("per_turn")
     at.cluster("d0")
