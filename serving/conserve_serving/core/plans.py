@@ -123,7 +123,8 @@ class Planner:
         room = None
         # Only a conversation at a turn boundary moves, and only with its KV; where that failed
         # its home is the safer place.
-        if conversation.active == 0 and self._settings.copies and turn.attempts == 0:
+        may_move = conversation.active == 0 and turn.attempts == 0 and turn.cached_tokens > 0
+        if may_move and self._settings.copies:
             room = self.placer.find_decoder(turn, exclude=(home,), new=True)
         other = room[0] if room is not None else None
         action = self._policy.tail_place(turn, home, prefiller, other, self.load)
