@@ -289,6 +289,16 @@ def test_one_seed_is_no_verdict_and_few_are_called_few() -> None:
     assert "With so few seeds" not in tier_text.certainty([many])
 
 
+def test_more_than_can_be_carried_is_called_a_transient() -> None:
+    strengths = {"conserve": 1.2, "collocated_speed": 0.9}  # Gany about 1.8/s
+    for most, short in ((1.0, True), (3.0, False)):
+        parts = capacity(valve_per_s=most, hosting_per_s=most)
+        (site,) = judge(strengths, parts=parts)
+        assert tier_text.is_transient(site) is short
+        assert ("more conversations" in tier_text.text(site)) is short
+        assert ("too short" in " ".join(tier_text.summary([site]))) is short
+
+
 def test_nobody_keeps_the_slo() -> None:
     (site,) = judge({"conserve": 0.01, "collocated_speed": 0.01})
     assert site.main() is None

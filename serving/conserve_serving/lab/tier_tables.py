@@ -10,7 +10,15 @@ from conserve_serving.lab.report.document import Cell, Note, Table, Tone
 from conserve_serving.lab.report.reached import GOODPUTS, Goodput
 from conserve_serving.lab.report.rows import say_rate
 from conserve_serving.lab.stats import Estimate, Verdict
-from conserve_serving.lab.tier_text import WORDS, change, plus_losses, summary, text, three
+from conserve_serving.lab.tier_text import (
+    WORDS,
+    change,
+    is_transient,
+    plus_losses,
+    summary,
+    text,
+    three,
+)
 from conserve_serving.lab.tier_verdicts import MARGIN, METRICS, Against, Finding, SiteVerdict
 
 _TONES: Final = {
@@ -188,6 +196,7 @@ def _plain(site: SiteVerdict) -> dict[str, Any]:
         "conserve_plus_at_equal_loads": _by_load(site.plus),
         "dips_per_s": {label: list(dip) for label, dip in site.dips.items()},
         **{name: _against(getattr(site, name)) for name in prices},
+        "transient": is_transient(site),
         "verdict": text(site),
     }
 

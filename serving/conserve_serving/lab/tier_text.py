@@ -46,6 +46,7 @@ def text(site: SiteVerdict) -> str:
     parts = [
         headline(site),
         why(site),
+        _transient(site),
         _misses(site),
         _plus(site),
         _prices(site),
@@ -159,6 +160,25 @@ def _value(site: SiteVerdict, label: str) -> float | None:
     return None if found is None else found.estimate.value
 
 
+def _transient(site: SiteVerdict) -> str:
+    """Whether the goodput is that of a run which is too short to queue."""
+    if not is_transient(site):
+        return ""
+    return (
+        "That is more than any mode can carry for long: the runs end before queues have grown. "
+        "Give more conversations for a steady state."
+    )
+
+
+def is_transient(site: SiteVerdict) -> bool:
+    """Whether one of the two of the verdict seems to carry more than the cluster can."""
+    main, capacity = site.main(), site.capacity
+    if main is None or capacity is None:
+        return False
+    most = max(capacity.valve_per_s, capacity.hosting_per_s)
+    return max(main.value, main.rival_value) > (1 + MARGIN) * most
+
+
 def _misses(site: SiteVerdict) -> str:
     """Which SLO the two miss most, at the highest load that all ran."""
     main = site.main()
@@ -242,6 +262,11 @@ def summary(sites: Sequence[SiteVerdict]) -> list[str]:
         )
     elif any("conserve_plus" in site.each for site in sites):
         said.append("conserve_plus loses nowhere.")
+    if short := sum(map(is_transient, sites)):
+        said.append(
+            f"On {short} of {len(sites)} clusters and workloads the goodput is above what can be "
+            "carried for long: the runs are too short to say anything of a steady state there."
+        )
     said.append(certainty(sites))
     return said
 
