@@ -10,7 +10,7 @@ import pytest
 from virtual_load import A40, conversation, conversations, engines, run, scheduler
 
 from conserve_serving.core import Scheduler
-from conserve_serving.core.decisions import Decision, Place
+from conserve_serving.core.decisions import Decision, Place, WakeAt
 from conserve_serving.core.events import Event, HandoffFinished, PrefillFinished, TurnArrived
 from conserve_serving.core.types import ConversationId, EngineId, Outcome, Reason, TransferReason
 from conserve_serving.engines.model_types import ModelConfig
@@ -197,6 +197,24 @@ def test_a_turn_as_long_as_conversations_may_idle_lets_time_go_on() -> None:
     virtual = VirtualCluster(scheduler(idle_timeout_s=1.1), engines(), report_interval_s=50.0)
     virtual.feed([conversation(f"c{i}", (900 + i, 400), at_s=0.137 * i) for i in range(30)])
     assert virtual.run().finished_turns == 30
+
+
+class Restless(Scheduler):
+    """Wishes to be woken, each time at another far time."""
+
+    def handle(self, event: Event, *, now_s: float) -> list[Decision]:
+        return [*super().handle(event, now_s=now_s), WakeAt(at_s=1e9 + now_s)]
+
+
+def test_alarms_that_are_never_heard_are_forgotten() -> None:
+    """Else memory would grow with the length of a run: one in which nothing expires has many."""
+    fresh = scheduler()
+    virtual = VirtualCluster(
+        Restless(fresh.settings, fresh.policy), engines(), report_interval_s=0.01
+    )
+    virtual.feed([conversation("a", (500, 5), (50, 5), gap_s=50.0)])
+    assert virtual.run().virtual_s > 50.0  # some 10,000 events
+    assert len(virtual._agenda.heap) < 2_100
 
 
 # --- equal results ---------------------------------------------------------------------------

@@ -27,6 +27,11 @@ class Agenda:
         self._serial += 1
         heapq.heappush(self.heap, (at_s, self._serial, action, argument))
 
+    def forget(self, action: Callable[[Any], None], but: Any) -> None:
+        """Take out what is to come of an action, except with the argument ``but``."""
+        self.heap = [one for one in self.heap if one[2] != action or one[3] == but]
+        heapq.heapify(self.heap)
+
     def next(self) -> None:
         """Let time pass until the next action, and take it; the agenda is not empty."""
         at_s, _, action, argument = heapq.heappop(self.heap)

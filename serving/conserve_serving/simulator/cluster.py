@@ -43,6 +43,9 @@ __all__ = ["SimulatedEngine", "VirtualCluster"]
 #: Timers at one and the same time: each event leaves some work over for the next at most.
 _MOST_TIMERS: Final = 100_000
 
+#: Replaced alarms are forgotten so many at a time: a far one would stay until the end.
+_MOST_WISHES: Final = 1_000
+
 Observer = Callable[[float, Event, list[Decision]], None]
 
 
@@ -97,6 +100,7 @@ class VirtualCluster:
         self._stall_s = stall_s
         self._agenda = Agenda()
         self._wake_s: float | None = None
+        self._wishes = 0  # alarms set since those that nobody waits for were last forgotten
         self._fired_s = -1.0  # when a timer last went off, and how many have at that time
         self._timers = 0
         self._turns: dict[TurnId, Turn] = {}
@@ -237,6 +241,10 @@ class VirtualCluster:
         elif isinstance(decision, WakeAt):
             self._wake_s = decision.at_s
             self._agenda.at(decision.at_s, self._fire, decision.at_s)
+            self._wishes += 1
+            if self._wishes > max(_MOST_WISHES, len(self._agenda.heap) // 2):
+                self._agenda.forget(self._fire, but=decision.at_s)
+                self._wishes = 0
         elif isinstance(decision, Park | Release):
             engine = self._engines[decision.engine]
             engine.close_session(decision.conversation, free=isinstance(decision, Release))
