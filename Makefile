@@ -116,4 +116,4 @@ bench: setup
 
 clean:
 	rm -rf $(VENV) $(VENV)-openai2 $(VENV)-litellm $(VENV)-recipes-openai2 $(VENV)-recipes-openai3
-	rm -rf $(SGLANG) .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf $(SGLANG) build .mypy_cache .ruff_cache .pytest_cache .hypothesis out
