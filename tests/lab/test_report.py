@@ -194,6 +194,16 @@ def test_tables_have_the_statistics_of_the_rows() -> None:
     assert f"{100 * (change.low - 1):+.1f}, ".replace("-", "−") in against
 
 
+def test_what_was_moved_lost_and_computed_again_stands_below_the_bars() -> None:
+    rows = made.rows(["conserve", "collocated"], [1.0], seeds=4)
+    page = Page(render(rows, title="x", sections=["bars"]).html)
+    found = next(row for row in page.rows if row[0] == "conserve" and "p0" in row[-1])
+    d0 = sum(row["engines"]["d0"]["busy"] for row in rows[:4]) / 4
+    # Of seeds 0 to 3: transfers 1.0 to 1.3, computed again 0 to 3 %, put back 0 to 6.
+    busy = f"p0 30 %, d0 {100 * d0:.0f} %"
+    assert found == ["conserve", "1.15", "4,000", "1.5 %", "3", busy]
+
+
 def test_the_paper_s_figure_stands_beside_the_contender_of_that_name_only() -> None:
     rows = made.rows(("conserve", "collocated"), (1.5,), 2)
     rows += [made.row(policy="conserve", label="conserve-hosting", rate_per_s=1.5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Final
 
 from conserve_serving.lab.report import bars as pictures
@@ -40,11 +41,14 @@ def section(context: Context, *, paper: Sequence[PaperValue] = ()) -> Section:
         paper: the paper's figures; those of this load are drawn at the first place.
     """
     blocks: list[Block] = []
+    shown = 0
     for place in context.rows.main_places():
         rate = chosen_rate(context, place)
         asked = context.rate_per_s in {None, rate}
-        if rate is not None and asked and len(blocks) < MAX_PLACES:
+        if rate is not None and asked and shown < MAX_PLACES:
             blocks.append(_figure(context, place, rate, paper if not blocks else ()))
+            blocks += _traffic(context, place, rate)
+            shown += 1
     if not blocks:
         wanted = "" if context.rate_per_s is None else say_rate(context.rate_per_s)
         blocks = [Note(f"No row has the load {wanted} conversations/s.", missing=True)]
@@ -72,15 +76,66 @@ def chosen_rate(context: Context, place: Place) -> float | None:
     return max(carried, default=rates[0] if rates else None)
 
 
-def _figure(
-    context: Context, place: Place, rate_per_s: float, paper: Sequence[PaperValue]
-) -> Figure:
+def _labels(context: Context, place: Place, rate_per_s: float) -> list[str]:
+    """Who ran at this load, ours first."""
     labels = [
         label
         for label in context.rows.contenders(place)
         if context.rows.at(place, label, rate_per_s)
     ]
-    labels.sort(key=lambda label: label not in context.ours)
+    return sorted(labels, key=lambda label: label not in context.ours)
+
+
+def _traffic(context: Context, place: Place, rate_per_s: float) -> list[Block]:
+    """KV that moved, left and was computed again, and how busy engines were: means over seeds.
+
+    Nothing where rows do not say it.
+    """
+    rows = []
+    for label in _labels(context, place, rate_per_s):
+        runs = [row.raw for row in context.rows.at(place, label, rate_per_s)]
+        if any("engines" not in run or "tokens" not in run for run in runs):
+            continue
+        busy = {
+            name: fmean(run["engines"][name]["busy"] for run in runs) for name in runs[0]["engines"]
+        }
+        moved = fmean(run["transfers_per_conversation"]["mean"] or 0.0 for run in runs)
+        evicted = fmean(run["evicted_tokens"] / max(1, run["conversations"]) for run in runs)
+        again = fmean(run["tokens"]["recomputed"] / max(1, run["tokens"]["new"]) for run in runs)
+        rows.append(
+            (
+                strong(label, label in context.ours),
+                Cell(f"{moved:.2f}"),
+                Cell(f"{evicted:,.0f}"),
+                Cell(f"{100 * again:.1f} %"),
+                Cell(f"{fmean(run['retractions'] for run in runs):,.0f}"),
+                Cell(", ".join(f"{name} {100 * share:.0f} %" for name, share in busy.items())),
+            )
+        )
+    if not rows:
+        return []
+    columns = (
+        "policy",
+        "KV transfers per conversation",
+        "tokens evicted per conversation",
+        "computed again, of new tokens",
+        "requests put back",
+        "engines busy",
+    )
+    return [
+        Table(
+            columns=columns,
+            rows=tuple(rows),
+            caption="KV moved, lost and computed again; engines",
+            texts=frozenset({"policy", "engines busy"}),
+        )
+    ]
+
+
+def _figure(
+    context: Context, place: Place, rate_per_s: float, paper: Sequence[PaperValue]
+) -> Figure:
+    labels = _labels(context, place, rate_per_s)
     ticks = {
         (value.contender, value.metric): value.value
         for value in paper
