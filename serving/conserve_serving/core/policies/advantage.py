@@ -27,10 +27,13 @@ from typing import NamedTuple
 from conserve_serving.core.types import Tier
 from conserve_serving.core.views import EngineView, LoadView
 
-#: The other mode must be better by so much before it is taken: conversations cannot be sent away.
+#: Dedicating must be better by so much before it is done: conversations cannot be sent away.
 _MARGIN = 1.05
 #: A link that would be busier than this is no base for a dedicated tier.
 _LINK_SHARE = 0.8
+#: A prompt that waits so long that its first token takes this many times as long as alone is near
+#: the usual service level (5). What follows must then be so much shorter to be worth it.
+_FIRST_TURN_LIMIT, _LONG_WAIT = 4.0, 1.3
 #: Prompt tokens computed in one step, about: engines' usual chunks are 2,048 to 8,192.
 _CHUNK_TOKENS = 4096.0
 #: The 95th percentile of a queue's waits over their mean: 3.0 where they are exponential.
@@ -151,7 +154,8 @@ def hosting_s(engines: Sequence[EngineView], load: LoadView) -> float:
 
 
 def dedicated_s(engines: Sequence[EngineView], load: LoadView) -> float:
-    """The same when the prefill tier only prefills; infinite when it cannot keep up."""
+    """The same when the prefill tier only prefills; infinite when it cannot keep up, and counted as
+    longer when first turns would wait for long."""
     prefill = [e for e in engines if e.tier is Tier.PREFILL]
     decode = [e for e in engines if e.tier is Tier.DECODE]
     peers = seen_decoding(engines)
@@ -160,12 +164,15 @@ def dedicated_s(engines: Sequence[EngineView], load: LoadView) -> float:
     busy = load.conversations_per_s / handed_per_s if handed_per_s else inf
     if busy >= 1.0 or not tails_per_s:
         return inf
-    total_s = 0.0
+    total_s, wait_factor = 0.0, 1.0
     for engine in prefill:
         times = seconds_for(engine, load, peers)
         alone_s = engine.prefill_s(load.first_prompt_tokens)
         share = _handed_per_s(engine, load) / handed_per_s
-        total_s += share * (alone_s + _waits_s(alone_s, busy) + times.handoff_s)
+        first_s = alone_s + _waits_s(alone_s, busy) + times.handoff_s
+        if first_s > _FIRST_TURN_LIMIT * alone_s:
+            wait_factor = _LONG_WAIT
+        total_s += share * first_s
     for engine in decode:
         times = seconds_for(engine, load, peers)
         share = 1.0 / times.tail_s / tails_per_s
@@ -173,7 +180,7 @@ def dedicated_s(engines: Sequence[EngineView], load: LoadView) -> float:
         total_s += share * _served_s(
             engine, load, peers, arrivals_per_s=arrivals, prefill_s=times.append_s
         )
-    return total_s
+    return total_s * wait_factor
 
 
 def _waits_s(prompt_s: float, busy: float) -> float:
@@ -206,8 +213,12 @@ def _served_s(
 
 
 def should_host(engines: Sequence[EngineView], load: LoadView, *, hosting: bool) -> bool:
-    """Whether the prefill tier should host, with a margin around what it does now."""
-    margin = _MARGIN if hosting else 1.0 / _MARGIN
+    """Whether the prefill tier should host.
+
+    A tier that hosts goes on unless dedicating it is better by a margin: what is even is better
+    hosted, where no KV has to move.
+    """
+    margin = _MARGIN if hosting else 1.0
     dedicated, hosted = dedicated_s(engines, load), hosting_s(engines, load)
     if min(dedicated, hosted) < inf:
         return hosted < dedicated * margin
