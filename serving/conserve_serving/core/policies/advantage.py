@@ -7,14 +7,18 @@ Two fluid estimates from observed speeds, lengths and arrivals:
   allows. Everyone hosts: every engine serves whole conversations. Dedicated: the prefill tier
   computes first prompts and hands them over; the decode tier has the rest, and the first prompts
   that the prefill tier cannot take (the turn-1 valve).
-- **How long a conversation takes** either way at the rate at which they arrive now. Prefill takes a
-  share ``p`` of an engine's time and everything there is slowed by ``1 / (1 - p)``. A decode step
-  is ``a + b * kv``, and by Little's law the batch is the arrivals times how long an answer takes:
-  with ``o`` output tokens a conversation and ``c`` tokens of context, decode takes
-  ``o * a / (1 - p - arrivals * o * b * c)`` seconds. First prompts queue for their kind (M/D/1),
-  and what counts is the wait that one in twenty exceeds, about three times the mean.
+- **How long a conversation takes** either way at the rate at which they arrive now: its first turn,
+  and all that follows. Prefill takes a share ``p`` of an engine's time and everything there is
+  slowed by ``1 / (1 - p)``. A decode step is ``a + b * kv``, and by Little's law the batch is the
+  arrivals times how long an answer takes: with ``o`` output tokens a conversation and ``c`` tokens
+  of context, decode takes ``o * a / (1 - p - arrivals * o * b * c)`` seconds. First prompts queue
+  for their kind (M/D/1), and what counts is the wait that one in twenty exceeds, about three times
+  the mean.
 
-The shorter conversation decides; where neither mode carries the load, the one that carries more.
+Both parts are measured by what they take alone on the cluster's best engine, as service levels
+are, and the worse of the two counts: what is good for the tail at the cost of first turns, or the
+other way round, is not good. Where neither mode carries the load, the one that carries more
+decides.
 """
 
 from __future__ import annotations
@@ -31,9 +35,6 @@ from conserve_serving.core.views import EngineView, LoadView
 _MARGIN = 1.05
 #: A link that would be busier than this is no base for a dedicated tier.
 _LINK_SHARE = 0.8
-#: A prompt that waits so long that its first token takes this many times as long as alone is near
-#: the usual service level (5). What follows must then be so much shorter to be worth it.
-_FIRST_TURN_LIMIT, _LONG_WAIT = 4.0, 1.3
 #: Prompt tokens computed in one step, about: engines' usual chunks are 2,048 to 8,192.
 _CHUNK_TOKENS = 4096.0
 #: The 95th percentile of a queue's waits over their mean: 3.0 where they are exponential.
@@ -136,26 +137,51 @@ def _handed_per_s(engine: EngineView, load: LoadView) -> float:
 
 
 # --- how long a conversation takes ----------------------------------------------------------------
-def hosting_s(engines: Sequence[EngineView], load: LoadView) -> float:
-    """Mean time of a conversation, gaps apart, when every engine hosts at its own speed."""
+class Pace(NamedTuple):
+    """How long a conversation takes, gaps apart: until its first token, and all that follows."""
+
+    first_s: float
+    tail_s: float
+
+    def slowdown(self, alone: Pace) -> float:
+        """The worse of both, over what they take alone."""
+        return max(self.first_s / alone.first_s, self.tail_s / alone.tail_s)
+
+
+def alone(engines: Sequence[EngineView], load: LoadView) -> Pace:
+    """The best of the cluster's engines with nothing else to do."""
+    peers = seen_decoding(engines)
+    turns = max(load.tail_turns, _TINY)
+    return Pace(
+        first_s=max(min(e.prefill_s(load.first_prompt_tokens) for e in engines), _TINY),
+        tail_s=min(
+            turns * e.prefill_s(load.tail_new_tokens / turns)
+            + max(load.output_tokens, 1.0) * step_s(e, load.context_tokens, peers)
+            for e in engines
+        ),
+    )
+
+
+def hosting(engines: Sequence[EngineView], load: LoadView) -> Pace:
+    """When every engine hosts, each as many conversations as its speed allows."""
     peers = seen_decoding(engines)
     carried = hosting_per_s(engines, load)
-    total_s = 0.0
+    first_s = tail_s = 0.0
     for engine in engines:
         times = seconds_for(engine, load, peers)
         share = 1.0 / times.whole_s / carried
         arrivals = share * load.conversations_per_s
+        left = 1.0 - arrivals * (times.first_s + times.append_s)
+        if left <= 0.0:
+            return Pace(inf, inf)
         waits_s = _waits_s(times.first_s, arrivals * times.first_s)
-        total_s += share * waits_s
-        total_s += share * _served_s(
-            engine, load, peers, arrivals_per_s=arrivals, prefill_s=times.first_s + times.append_s
-        )
-    return total_s
+        first_s += share * (waits_s + times.first_s / left)
+        tail_s += share * (times.append_s / left + _decode_s(engine, load, peers, arrivals, left))
+    return Pace(first_s, tail_s)
 
 
-def dedicated_s(engines: Sequence[EngineView], load: LoadView) -> float:
-    """The same when the prefill tier only prefills; infinite when it cannot keep up, and counted as
-    longer when first turns would wait for long."""
+def dedicated(engines: Sequence[EngineView], load: LoadView) -> Pace:
+    """When the prefill tier only prefills; infinite when it cannot keep up."""
     prefill = [e for e in engines if e.tier is Tier.PREFILL]
     decode = [e for e in engines if e.tier is Tier.DECODE]
     peers = seen_decoding(engines)
@@ -163,24 +189,22 @@ def dedicated_s(engines: Sequence[EngineView], load: LoadView) -> float:
     tails_per_s = sum(1.0 / seconds_for(engine, load, peers).tail_s for engine in decode)
     busy = load.conversations_per_s / handed_per_s if handed_per_s else inf
     if busy >= 1.0 or not tails_per_s:
-        return inf
-    total_s, wait_factor = 0.0, 1.0
+        return Pace(inf, inf)
+    first_s = tail_s = 0.0
     for engine in prefill:
-        times = seconds_for(engine, load, peers)
-        alone_s = engine.prefill_s(load.first_prompt_tokens)
+        prompt_s = engine.prefill_s(load.first_prompt_tokens)
+        handoff_s = engine.handoff_s(load.first_prompt_tokens)
         share = _handed_per_s(engine, load) / handed_per_s
-        first_s = alone_s + _waits_s(alone_s, busy) + times.handoff_s
-        if first_s > _FIRST_TURN_LIMIT * alone_s:
-            wait_factor = _LONG_WAIT
-        total_s += share * first_s
+        first_s += share * (prompt_s + _waits_s(prompt_s, busy) + handoff_s)
     for engine in decode:
         times = seconds_for(engine, load, peers)
         share = 1.0 / times.tail_s / tails_per_s
         arrivals = share * load.conversations_per_s
-        total_s += share * _served_s(
-            engine, load, peers, arrivals_per_s=arrivals, prefill_s=times.append_s
-        )
-    return total_s * wait_factor
+        left = 1.0 - arrivals * times.append_s
+        if left <= 0.0:
+            return Pace(inf, inf)
+        tail_s += share * (times.append_s / left + _decode_s(engine, load, peers, arrivals, left))
+    return Pace(first_s, tail_s)
 
 
 def _waits_s(prompt_s: float, busy: float) -> float:
@@ -188,38 +212,37 @@ def _waits_s(prompt_s: float, busy: float) -> float:
     return _TAIL * prompt_s * busy / (2.0 * (1.0 - busy)) if busy < 1.0 else inf
 
 
-def _served_s(
+def _decode_s(
     engine: EngineView,
     load: LoadView,
     peers: Sequence[EngineView],
-    *,
     arrivals_per_s: float,
-    prefill_s: float,
+    left: float,
 ) -> float:
-    """Time of a conversation on an engine that computes ``prefill_s`` of prompts for each."""
-    left = 1.0 - arrivals_per_s * prefill_s
+    """All answers of a conversation on an engine that has ``left`` of its time for decode."""
     context_tokens = max(load.context_tokens, 1.0)
     full = _batch(engine, load) * context_tokens
     base_s = step_s(engine, 0.0, peers)
     per_token_s = (step_s(engine, full, peers) - base_s) / full
-    outputs = arrivals_per_s * load.output_tokens
-    for_weights = left - outputs * per_token_s * context_tokens
-    if left <= 0.0 or for_weights <= 0.0:
+    for_weights = left - arrivals_per_s * load.output_tokens * per_token_s * context_tokens
+    if for_weights <= 0.0:
         return inf
     decode_s = load.output_tokens * base_s / for_weights
-    if arrivals_per_s * decode_s > _batch(engine, load):
-        return inf
-    return prefill_s / left + decode_s
+    return decode_s if arrivals_per_s * decode_s <= _batch(engine, load) else inf
 
 
-def should_host(engines: Sequence[EngineView], load: LoadView, *, hosting: bool) -> bool:
+def should_host(engines: Sequence[EngineView], load: LoadView, *, hosting_now: bool) -> bool:
     """Whether the prefill tier should host.
 
     A tier that hosts goes on unless dedicating it is better by a margin: what is even is better
     hosted, where no KV has to move.
     """
-    margin = _MARGIN if hosting else 1.0
-    dedicated, hosted = dedicated_s(engines, load), hosting_s(engines, load)
-    if min(dedicated, hosted) < inf:
-        return hosted < dedicated * margin
+    if not engines:
+        return hosting_now
+    margin = _MARGIN if hosting_now else 1.0
+    best = alone(engines, load)
+    apart = dedicated(engines, load).slowdown(best)
+    together = hosting(engines, load).slowdown(best)
+    if min(apart, together) < inf:
+        return together < apart * margin
     return hosting_per_s(engines, load) * margin > dedicated_per_s(engines, load)

@@ -10,7 +10,8 @@ The rule stays: turn 1 where compute is plentiful, one hand-off, one decoder. Be
 - **Bounded re-pin**: at a turn boundary a conversation leaves an engine, with its KV, when its next
   answer gains more than twice what the copy costs, and a second.
 - **Dedicate or host** (tier mode ``auto``): the prefill tier holds conversations, too, unless they
-  take less time with it prefilling only, at the rate at which they arrive (`policies.advantage`).
+  are slowed down less with it prefilling only, at the rate at which they arrive
+  (`policies.advantage`).
 """
 
 from __future__ import annotations
@@ -96,4 +97,4 @@ class ConServePlus(ConServe):
     def prefill_tier_hosts(
         self, engines: Sequence[EngineView], load: LoadView, *, hosting: bool
     ) -> bool:
-        return self._auto and should_host(engines, load, hosting=hosting)
+        return self._auto and should_host(engines, load, hosting_now=hosting)
