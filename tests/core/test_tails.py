@@ -298,10 +298,25 @@ HALF = EngineSpeeds(
 )
 
 
-@pytest.mark.parametrize(("decoder", "hosts"), [(GOOD_DECODER, False), (HALF, True)])
-def test_the_prefill_tier_hosts_where_that_carries_more(decoder: EngineSpeeds, hosts: bool) -> None:
+# Equal, and prefill disturbs decodes: dedicating would spare the tail a little, and let first turns
+# queue behind one prefiller.
+EQUAL = EngineSpeeds(
+    prefill_tokens_per_s=25_000.0,
+    decode_step_s=0.010,
+    decode_step_s_per_kv_token=2e-8,
+    mixed_slowdown=1.25,
+)
+
+
+@pytest.mark.parametrize(
+    ("prefiller", "decoder", "hosts"),
+    [(FAST, GOOD_DECODER, False), (FAST, HALF, True), (EQUAL, EQUAL, True)],
+)
+def test_the_prefill_tier_hosts_where_conversations_are_slowed_down_less(
+    prefiller: EngineSpeeds, decoder: EngineSpeeds, hosts: bool
+) -> None:
     at = World("conserve_plus", tier_mode=TierMode.AUTO, copies=True)
-    at.engine("p0", Tier.PREFILL, speeds=FAST, capacity=1_000_000)
+    at.engine("p0", Tier.PREFILL, speeds=prefiller, capacity=1_000_000)
     for name in ("d0", "d1", "d2"):
         at.engine(name, speeds=decoder, capacity=1_000_000)
     for index in range(30):
