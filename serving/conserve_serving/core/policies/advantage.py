@@ -18,7 +18,7 @@ Two fluid estimates from observed speeds, lengths and arrivals:
 Both parts are measured by what they take alone on the cluster's best engine, as service levels
 are, and the worse of the two counts: what is good for the tail at the cost of first turns, or the
 other way round, is not good. Where neither mode carries the load, the one that carries more
-decides.
+decides; and where KV is short, its memory is needed to host.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from conserve_serving.core.views import EngineView, LoadView
 _MARGIN = 1.05
 #: A link that would be busier than this is no base for a dedicated tier.
 _LINK_SHARE = 0.8
+#: Share of the decode tier's KV above which the prefill tier is asked to hold conversations, and
+#: above which it goes on doing so.
+_FULL = {False: 0.8, True: 0.7}
 #: Prompt tokens computed in one step, about: engines' usual chunks are 2,048 to 8,192.
 _CHUNK_TOKENS = 4096.0
 #: The 95th percentile of a queue's waits over their mean: 3.0 where they are exponential.
@@ -231,14 +234,25 @@ def _decode_s(
     return decode_s if arrivals_per_s * decode_s <= _batch(engine, load) else inf
 
 
+def is_short_of_room(engines: Sequence[EngineView], *, hosting_now: bool) -> bool:
+    """Whether the KV that is kept would leave the decode tier alone with little room.
+
+    Conversations over their tool gaps are in it, and those parked for want of room: where KV is
+    what limits, memory that only passes prompts on is wasted.
+    """
+    kept_tokens = sum(engine.held_tokens + engine.parked_tokens for engine in engines)
+    room_tokens = sum(e.capacity_tokens for e in engines if e.tier is Tier.DECODE)
+    return kept_tokens > _FULL[hosting_now] * room_tokens
+
+
 def should_host(engines: Sequence[EngineView], load: LoadView, *, hosting_now: bool) -> bool:
     """Whether the prefill tier should host.
 
     A tier that hosts goes on unless dedicating it is better by a margin: what is even is better
     hosted, where no KV has to move.
     """
-    if not engines:
-        return hosting_now
+    if not engines or is_short_of_room(engines, hosting_now=hosting_now):
+        return True
     margin = _MARGIN if hosting_now else 1.0
     best = alone(engines, load)
     apart = dedicated(engines, load).slowdown(best)
