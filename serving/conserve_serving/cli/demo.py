@@ -27,10 +27,10 @@ from conserve_serving.cli.up import make_run_dir
 
 AGENT = Path("example_agents/repo_explorer/agent.py")
 QUESTION = "Where does the scheduler decide which decoder a conversation is pinned to?"
-WORKLOAD = "generated:coding-agent"
+WORKLOAD = "generated:swebench"
 #: A load that two A40 carry well, so that what is seen is the normal case.
-RATE_PER_S = 0.12
-MAX_TURNS = 8
+RATE_PER_S = 0.3
+MAX_TURNS = 5
 MAX_GAP_S = 10.0
 #: What one step may take before the demo says so and stops.
 STEP_TIMEOUT_S = 150.0
