@@ -8,8 +8,6 @@ by turn, as far as timing does not decide them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -18,18 +16,17 @@ from typing import Any
 
 import msgspec
 import pytest
+from served import decided as journalled
+from served import served
 
 from conserve_agents import wire
 from conserve_serving.core import Scheduler, make_policy
 from conserve_serving.core.decisions import Place
-from conserve_serving.core.journal import from_record
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.types import ConversationId, EngineId, Tier
-from conserve_serving.engines.emulated import EmulatedEngine, EngineConfig, Role
 from conserve_serving.engines.http import HttpPool
 from conserve_serving.engines.model_types import ModelConfig
 from conserve_serving.engines.profile import load_profile
-from conserve_serving.gateway.config import parse_config
 from conserve_serving.gateway.server import GatewayServer
 from conserve_serving.replay.completion import CompletionStream
 from conserve_serving.simulator import (
@@ -123,52 +120,13 @@ def in_virtual_time() -> tuple[list[Seen], Decisions]:
 
 
 async def over_http(folder: Path) -> tuple[list[Seen], Decisions]:
-    journal = folder / "decisions.jsonl"
-    config = parse_config(
-        f'''
-        [gateway]
-        port = 0
-        decision_journal = "{journal}"
-        [scheduler]
-        policy = "conserve"
-        '''
-    )
-    server = GatewayServer(config)
-    listening = asyncio.Event()
-    serving = asyncio.create_task(server.serve(on_listening=lambda _: listening.set()))
-    await listening.wait()
-    async with contextlib.AsyncExitStack() as stack:
-        pool = HttpPool("127.0.0.1", server.port)
-        stack.callback(pool.close)
-        for name, tier in ENGINES:
-            engine = await stack.enter_async_context(
-                EmulatedEngine(
-                    EngineConfig(
-                        profile=PROFILE,
-                        model_name="m",
-                        engine_id=name,
-                        speed=SPEED,
-                        role=Role(tier.value),
-                        store_dir=folder / "store",
-                        ack_url=f"{server.url}/conserve/v1/handoffs",
-                    )
-                )
-            )
-            body = json.dumps({"id": name, "url": engine.url, "tier": tier.value}).encode()
-            async with await pool.request(
-                "POST", "/conserve/v1/engines", [(b"content-type", b"application/json")], body
-            ) as response:
-                assert response.status == 201
-        gateway = server.gateway
-        assert gateway is not None
-        while len(gateway.fleet.serving()) < len(ENGINES):
-            await gateway.fleet.wait_change()
+    async with served(
+        ENGINES, policy="conserve", profile=PROFILE, speed=SPEED, folder=folder
+    ) as server:
         seen = await drive(server)
-        server.stop()
-        assert await serving
     decisions: Decisions = {}
-    for line in journal.read_text().splitlines():
-        for decision in from_record(json.loads(line))[2]:
+    for made in journalled(folder):
+        for decision in made:
             if isinstance(decision, Place):
                 name = decision.conversation.rpartition("\x1f")[2]  # behind tenant and model
                 decisions[name, decision.turn_index] = decided(decision)
@@ -235,7 +193,7 @@ def quantile(values: list[float], share: float) -> float:
 
 @pytest.mark.slow
 async def test_turns_take_as_long_as_over_http(tmp_path: Path) -> None:
-    served, served_decisions = await over_http(tmp_path)
+    over_wire, served_decisions = await over_http(tmp_path)
     simulated, simulated_decisions = in_virtual_time()
     different = {
         turn: (served_decisions.get(turn), simulated)
@@ -243,11 +201,11 @@ async def test_turns_take_as_long_as_over_http(tmp_path: Path) -> None:
         if served_decisions.get(turn) != simulated
     }
     assert not different
-    assert len(served) == len(simulated) == CONVERSATIONS * 3
+    assert len(over_wire) == len(simulated) == CONVERSATIONS * 3
     differences = {}
     for name in ("ttft_s", "e2e_s"):
         for share in (0.5, 0.95):
-            real = quantile([getattr(turn, name) for turn in served], share)
+            real = quantile([getattr(turn, name) for turn in over_wire], share)
             virtual = quantile([getattr(turn, name) for turn in simulated], share)
             differences[name, share] = (virtual / real - 1.0, real, virtual)
     print(differences)  # noqa: T201 -- shown where the test fails

@@ -7,8 +7,6 @@ compared is every decision about where a turn runs, what is moved and what is fr
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import random
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
+from served import decided, journal_of, served
 
 from conserve_agents import wire
 from conserve_serving.core import Scheduler, make_policy
@@ -23,12 +22,8 @@ from conserve_serving.core.decisions import Decision, Park, Place, Reject, Relea
 from conserve_serving.core.journal import from_record
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.types import ConversationId, EngineId, Tier
-from conserve_serving.engines.emulated import EmulatedEngine, EngineConfig, Role
-from conserve_serving.engines.http import HttpPool
 from conserve_serving.engines.model_types import ModelConfig
 from conserve_serving.engines.profile import load_profile
-from conserve_serving.gateway.config import parse_config
-from conserve_serving.gateway.server import GatewayServer
 from conserve_serving.simulator import (
     SimulatedConversation,
     SimulatedEngine,
@@ -127,59 +122,23 @@ def in_virtual_time(policy: str) -> list[tuple[Any, ...]]:
     return found
 
 
-async def over_http(policy: str, folder: Path) -> tuple[list[tuple[Any, ...]], Path]:
-    journal = folder / "decisions.jsonl"
-    store = folder / "store"
-    config = parse_config(
-        f'''
-        [gateway]
-        port = 0
-        poll_interval_s = 0.05
-        decision_journal = "{journal}"
-        [scheduler]
-        policy = "{policy}"
-        '''
-    )
-    server = GatewayServer(config)
-    listening = asyncio.Event()
-    serving = asyncio.create_task(server.serve(on_listening=lambda _: listening.set()))
-    await listening.wait()
-    async with contextlib.AsyncExitStack() as stack:
-        pool = HttpPool("127.0.0.1", server.port)
-        stack.callback(pool.close)
-        for name, tier in ENGINES:
-            engine = await stack.enter_async_context(
-                EmulatedEngine(
-                    EngineConfig(
-                        profile=PROFILE,
-                        model_name="m",
-                        engine_id=name,
-                        speed=SPEED,
-                        role=Role(tier.value),
-                        store_dir=store,
-                        ack_url=f"{server.url}/conserve/v1/handoffs",
-                        kv_capacity_tokens=KV_TOKENS,
-                        host_capacity_tokens=HOST_TOKENS,
-                    )
-                )
-            )
-            body = json.dumps({"id": name, "url": engine.url, "tier": tier.value}).encode()
-            async with await pool.request(
-                "POST", "/conserve/v1/engines", [(b"content-type", b"application/json")], body
-            ) as response:
-                assert response.status == 201
-        gateway = server.gateway
-        assert gateway is not None
-        while len(gateway.fleet.serving()) < len(ENGINES):
-            await gateway.fleet.wait_change()
+async def over_http(policy: str, folder: Path) -> list[tuple[Any, ...]]:
+    async with served(
+        ENGINES,
+        policy=policy,
+        profile=PROFILE,
+        speed=SPEED,
+        folder=folder,
+        kv_tokens=KV_TOKENS,
+        host_tokens=HOST_TOKENS,
+        gateway_settings="poll_interval_s = 0.05",
+    ) as server:
         await drive(server.url)
-        server.stop()
-        assert await serving
     found: list[tuple[Any, ...]] = []
     names: dict[str, int] = {}
-    for line in journal.read_text().splitlines():
-        found.extend(summary(from_record(json.loads(line))[2], names))
-    return found, journal
+    for decisions in decided(folder):
+        found.extend(summary(decisions, names))
+    return found
 
 
 async def drive(url: str) -> None:
@@ -214,15 +173,15 @@ async def drive(url: str) -> None:
     ["conserve", "collocated", "round_robin", "full_disaggregation"],
 )
 async def test_gateway_and_simulator_decide_alike(policy: str, tmp_path: Path) -> None:
-    served, journal = await over_http(policy, tmp_path)
+    over_wire = await over_http(policy, tmp_path)
     simulated = in_virtual_time(policy)
-    assert served == simulated
-    places = [entry for entry in served if entry[0] == "place"]
+    assert over_wire == simulated
+    places = [entry for entry in over_wire if entry[0] == "place"]
     assert len(places) == CONVERSATIONS * TURNS
     if policy == "conserve":
-        assert {entry[0] for entry in served} == {"place", "park", "release"}
+        assert {entry[0] for entry in over_wire} == {"place", "park", "release"}
         assert len({entry[3] for entry in places}) == 3
-    replay(journal, policy)
+    replay(journal_of(tmp_path), policy)
 
 
 def replay(journal: Path, policy: str) -> None:

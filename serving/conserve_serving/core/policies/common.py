@@ -96,6 +96,22 @@ def first_remote_s(prefiller: EngineView, decoder: EngineView, tokens: float) ->
     return computed_s + handed_s + prefilled_s(decoder, 1, 0)
 
 
+def remote_gains_s(
+    decoder: EngineView,
+    prefiller: EngineView,
+    tokens: float,
+    *,
+    local_s: float,
+    remote_s: float,
+    stall_weight: float = 1.0,
+) -> float:
+    """What is gained by computing ``tokens`` on the prefiller: the turn's own time, by these two
+    estimates, and the delay to those that run on either engine."""
+    local_s += stall_weight * stall_s(decoder, tokens)
+    remote_s += stall_weight * remote_stall_s(prefiller, decoder, tokens)
+    return local_s - remote_s
+
+
 def tail_ahead_tokens(engine: EngineView, load: LoadView) -> float:
     """What a later turn's new tokens wait for on an engine."""
     first = engine.prefill_backlog_tokens - engine.tail_backlog_tokens

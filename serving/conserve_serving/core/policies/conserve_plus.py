@@ -24,8 +24,7 @@ from conserve_serving.core.policies.common import (
     conversation_s,
     first_local_s,
     first_remote_s,
-    remote_stall_s,
-    stall_s,
+    remote_gains_s,
     tail_local_s,
     tail_remote_s,
 )
@@ -70,9 +69,14 @@ class ConServePlus(ConServe):
         place = super().prefill_place(turn, decoder, prefiller, load)
         if place.remote and prefiller is not None:
             tokens = turn.prompt_tokens
-            local_s = first_local_s(decoder, tokens) + stall_s(decoder, tokens)
-            remote_s = first_remote_s(prefiller, decoder, tokens)
-            if local_s < remote_s + remote_stall_s(prefiller, decoder, tokens):
+            gain_s = remote_gains_s(
+                decoder,
+                prefiller,
+                tokens,
+                local_s=first_local_s(decoder, tokens),
+                remote_s=first_remote_s(prefiller, decoder, tokens),
+            )
+            if gain_s < 0.0:
                 return PrefillPlace(remote=False, reason=Reason.FIRST_TURN_DEFLECTED)
         return place
 
@@ -87,10 +91,14 @@ class ConServePlus(ConServe):
         if other is not None and move_gains_s(turn, home, other, load) > _MARGIN_S:
             return TailAction.MOVE
         if prefiller is not None and not prefiller.hosts:
-            new = turn.new_tokens
-            local_s = tail_local_s(home, new, load) + stall_s(home, new)
-            remote_s = tail_remote_s(turn, home, prefiller, load)
-            if remote_s + remote_stall_s(prefiller, home, new) < local_s:
+            gain_s = remote_gains_s(
+                home,
+                prefiller,
+                turn.new_tokens,
+                local_s=tail_local_s(home, turn.new_tokens, load),
+                remote_s=tail_remote_s(turn, home, prefiller, load),
+            )
+            if gain_s > 0.0:
                 return TailAction.REMOTE
         return TailAction.STAY
 

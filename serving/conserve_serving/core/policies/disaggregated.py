@@ -23,7 +23,7 @@ from conserve_serving.core.policies.common import (
     Tiered,
     first_local_s,
     first_remote_s,
-    remote_stall_s,
+    remote_gains_s,
     stall_s,
     tail_local_s,
     tail_remote_s,
@@ -139,10 +139,15 @@ class PerTurn(Tiered):
         local_s: float,
         remote_s: float,
     ) -> bool:
-        new = turn.new_tokens
-        local_s += self._stall_weight * stall_s(decoder, new)
-        remote_s += self._stall_weight * remote_stall_s(prefiller, decoder, new)
-        right = remote_s < local_s or breaks_slo(turn, decoder, load)
+        gain_s = remote_gains_s(
+            decoder,
+            prefiller,
+            turn.new_tokens,
+            local_s=local_s,
+            remote_s=remote_s,
+            stall_weight=self._stall_weight,
+        )
+        right = gain_s > 0.0 or breaks_slo(turn, decoder, load)
         is_wrong = crc32(turn.id.encode()) < self._wrong_share * 2**32
         return right is not is_wrong
 
