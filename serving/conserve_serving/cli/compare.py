@@ -21,7 +21,7 @@ from conserve_serving.cli.lab_options import (
 )
 from conserve_serving.cli.lab_run import Runner
 from conserve_serving.cli.lab_tables import comparison, goodput_table, place_title, plain_console
-from conserve_serving.cli.params import FiniteRange
+from conserve_serving.cli.params import FiniteRange, check_writable
 from conserve_serving.lab.cell import Cell, run_cell
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError
@@ -116,8 +116,7 @@ def compare(
     """
     if resume and out is None:
         raise click.UsageError("--resume needs --out: the file to go on with.")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise click.UsageError(f"{out}: its folder does not exist. Make it first.")
+    check_writable(out)
     said = Console(stderr=True)
     with lab_errors():
         setup = Setup.read(options)

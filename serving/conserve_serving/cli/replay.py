@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from conserve_serving.cli.params import FiniteRange
+from conserve_serving.cli.params import FiniteRange, check_writable
 from conserve_serving.replay import options as replay_options
 from conserve_serving.replay.errors import ReplayError
 from conserve_serving.replay.gateway_api import GatewayApi, pool_for
@@ -124,9 +124,7 @@ def replay(
     Ctrl-C ends the run early and shows what was measured so far. The exit code is 0 when every
     turn was answered with the trace's exact token counts, 1 otherwise.
     """
-    for path in (json_path, html_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"{path}: its folder does not exist. Make it first.")
+    check_writable(json_path, html_path)
     request = ReplayRequest(
         trace=trace,
         trace_format=None if trace_format is None else TraceFormat(trace_format),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from conserve_serving.cli.lab_options import CommaList, lab_errors
-from conserve_serving.cli.params import FiniteRange
+from conserve_serving.cli.params import FiniteRange, check_writable
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.grid import read_results
 from conserve_serving.lab.report import SECTIONS, render
@@ -65,9 +65,7 @@ def report(
     """
     if html_path is None and markdown_path is None:
         raise click.UsageError("give --html FILE or --markdown FILE, or both.")
-    for path in (html_path, markdown_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"{path}: its folder does not exist. Make it first.")
+    check_writable(html_path, markdown_path)
     with lab_errors():
         known = {key: row for path in rows for key, row in read_results(path).items()}
         if not known:

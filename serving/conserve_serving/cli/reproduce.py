@@ -13,6 +13,7 @@ from rich.table import Table
 from conserve_serving.cli.lab_options import RATES, CommaList, lab_errors
 from conserve_serving.cli.lab_run import Runner
 from conserve_serving.cli.lab_tables import plain_console
+from conserve_serving.cli.params import check_writable
 from conserve_serving.cli.workload import cap_options
 from conserve_serving.lab.errors import RunError
 from conserve_serving.lab.grid import Results, Row, failed
@@ -120,9 +121,7 @@ def reproduce(
     """
     if resume and rows_path is None:
         raise click.UsageError("--resume needs --rows: the file to go on with.")
-    for path in (rows_path, json_path, html_path, markdown_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"{path}: its folder does not exist. Make it first.")
+    check_writable(rows_path, json_path, html_path, markdown_path)
     if all_turns and caps["max_turns"] is not None:
         raise click.UsageError("--all-turns and --max-turns contradict each other.")
     if not all_turns and caps["max_turns"] is None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from conserve_serving.cli.cell_table import cell_table
 from conserve_serving.cli.lab_options import Setup, contender_help, lab_errors, lab_options
 from conserve_serving.cli.lab_tables import plain_console
-from conserve_serving.cli.params import FiniteRange
+from conserve_serving.cli.params import FiniteRange, check_writable
 from conserve_serving.lab.cell import Cell, run_cell
 from conserve_serving.lab.contenders import contender
 from conserve_serving.lab.workloads import Pool
@@ -58,8 +58,7 @@ def simulate(
     The scheduler is the very class that serves traffic; engines, links and time are simulated.
     `conserve compare` runs many of these; docs/laboratory.md defines every figure.
     """
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise click.UsageError(f"{json_path}: its folder does not exist. Make it first.")
+    check_writable(json_path)
     with lab_errors():
         setup = Setup.read(options)
         recorded = setup.workload.arrivals == "recorded"

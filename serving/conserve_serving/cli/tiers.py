@@ -24,7 +24,7 @@ from conserve_serving.cli.lab_options import (
 )
 from conserve_serving.cli.lab_run import Runner
 from conserve_serving.cli.lab_tables import plain_console
-from conserve_serving.cli.params import FiniteRange
+from conserve_serving.cli.params import FiniteRange, check_writable
 from conserve_serving.cli.workload import cap_options
 from conserve_serving.lab import tier_tables, tier_text
 from conserve_serving.lab.cell import Cell, run_cell
@@ -180,9 +180,7 @@ def tiers(
     """
     if resume and rows_path is None:
         raise click.UsageError("--resume needs --rows: the file to go on with.")
-    for path in (rows_path, json_path, html_path, markdown_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"{path}: its folder does not exist. Make it first.")
+    check_writable(rows_path, json_path, html_path, markdown_path)
     if trace is not None and workloads is not None:
         raise click.UsageError("--trace and --workloads contradict each other.")
     given = [name for name in caps if _typed(ctx, name)]
