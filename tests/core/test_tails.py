@@ -18,7 +18,7 @@ from conserve_serving.core.events import (
     TurnFailed,
 )
 from conserve_serving.core.load import ObservedLoad
-from conserve_serving.core.policies.advantage import step_s
+from conserve_serving.core.policies.advantage import should_host, step_s
 from conserve_serving.core.policies.common import Defaults
 from conserve_serving.core.policies.conserve import ConServe
 from conserve_serving.core.settings import SchedulerSettings
@@ -373,6 +373,11 @@ def test_an_engine_that_never_decoded_is_judged_as_its_peers_turned_out() -> Non
     assert step_s(unseen, 1_000.0, [slow, unseen]) == pytest.approx(0.020)  # type: ignore[arg-type,list-item] # of a view's members it needs two
     assert step_s(slow, 1_000.0, [slow, unseen]) == 0.020  # type: ignore[arg-type,list-item]
     assert step_s(unseen, 1_000.0, [unseen]) == 0.010  # type: ignore[arg-type,list-item]
+
+
+@pytest.mark.parametrize("hosting", [True, False])
+def test_without_engines_nothing_is_changed(hosting: bool) -> None:
+    assert should_host([], ObservedLoad(256), hosting_now=hosting) is hosting
 
 
 def test_arrivals_are_observed_as_a_rate() -> None:

@@ -251,7 +251,9 @@ def should_host(engines: Sequence[EngineView], load: LoadView, *, hosting_now: b
     A tier that hosts goes on unless dedicating it is better by a margin: what is even is better
     hosted, where no KV has to move.
     """
-    if not engines or is_short_of_room(engines, hosting_now=hosting_now):
+    if not engines:
+        return hosting_now
+    if is_short_of_room(engines, hosting_now=hosting_now):
         return True
     margin = _MARGIN if hosting_now else 1.0
     best = alone(engines, load)
