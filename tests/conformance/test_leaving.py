@@ -150,6 +150,9 @@ async def test_the_more_urgent_request_goes_first(engine: Any) -> None:
 
 async def test_a_waiting_request_can_be_aborted(engine: Any) -> None:
     """One that finds no room waits; it goes without having run."""
+    seen = engine.ids(2_000)
+    for ask in ("computed", "cached"):  # SGLang estimates what waits by its recent hits
+        await engine.driver.prefill(seen, rid=ask)
     first = await engine.send("POST", CHAT, long_chat(engine, stream=True, rid="first"))
     await first_event(first)
     prompt = {"input_ids": engine.ids(19_000), "sampling_params": {"max_new_tokens": 0}}
@@ -161,7 +164,7 @@ async def test_a_waiting_request_can_be_aborted(engine: Any) -> None:
     await engine.until(waiting, "waiting")
 
     async def counted() -> bool:
-        return bool((await engine.driver.loads()).waiting_uncached_tokens == 19_000)
+        return 0 < (await engine.driver.loads()).waiting_uncached_tokens <= 19_000
 
     await engine.until(counted, "counted")
     await engine.driver.abort("second")

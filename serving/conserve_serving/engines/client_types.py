@@ -75,6 +75,8 @@ class Loads:
     """``/v1/loads``: requests now, and counters since the engine started (summed over ranks).
 
     Attributes:
+        waiting_uncached_tokens: an estimate: SGLang takes its recent cache hit rate for what
+            waits, unless its policy looks at caches (``load_inquirer.py`` of 0.5.23).
         prefill_tokens: uncached prompt tokens computed.
         prefill_busy_us: time spent on them.
         decode_steps: decode steps timed (those between two other decode steps).
