@@ -84,7 +84,7 @@ MAX_OUTPUT = 800
 
 def live_turns(scheduler: Scheduler) -> list[TurnState]:
     """The scheduler's own records of the turns that have not ended."""
-    return list(scheduler._turns.values())
+    return list(scheduler._turns.open.values())
 
 
 class Chaos:

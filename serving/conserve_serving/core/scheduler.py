@@ -28,7 +28,6 @@ The rules:
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -46,13 +45,14 @@ from conserve_serving.core.events import (
     Event,
     HandoffFinished,
     PrefillFinished,
-    StepTimes,
     TimerFired,
     TurnAborted,
     TurnArrived,
     TurnFailed,
     TurnFinished,
 )
+from conserve_serving.core.registry import Conversations, Turns
+from conserve_serving.core.roster import Roster
 from conserve_serving.core.settings import SchedulerSettings
 from conserve_serving.core.state import ConversationState, EngineState, Phase, TurnState
 from conserve_serving.core.types import (
@@ -61,7 +61,6 @@ from conserve_serving.core.types import (
     Fallback,
     Outcome,
     Reason,
-    Tier,
     TransferReason,
     TurnId,
 )
@@ -70,8 +69,6 @@ from conserve_serving.core.waiting import Pace
 
 # Conversations that expire in one event; the rest in the next.
 _EXPIRE: Final = 64
-# Closed turns remembered, so that a late or duplicated event cannot bring one back to life.
-_REMEMBER_CLOSED: Final = 65_536
 
 
 class Scheduler:
@@ -89,13 +86,9 @@ class Scheduler:
         self._do = Dispatcher(settings, policy, self.counters)
         self._placer = self._do.placer
         self._waiting = self._do.waiting
-        self._last_epoch: dict[EngineId, int] = {}
-        self._unseen: dict[EngineId, EngineState] = {}  # nobody has said how fast they are
-        # In order of last activity, so that the conversation to expire next is the first.
-        self._conversations: OrderedDict[ConversationId, ConversationState] = OrderedDict()
-        self._turns: dict[TurnId, TurnState] = {}
-        self._closed: set[TurnId] = set()
-        self._closed_order: deque[TurnId] = deque()
+        self._roster = Roster(self._placer)
+        self._conversations = Conversations(settings.idle_timeout_s)
+        self._turns = Turns()
         self._wake_s: float | None = None
         self._review_s = 0.0
         self._pace = Pace()
@@ -129,7 +122,8 @@ class Scheduler:
         self._do.now_s = max(self._do.now_s, now_s)
         self._do.say.out = []
         self._handlers[type(event)](event)
-        self._do.wake()
+        if self._do.unfinished:
+            self._do.wake()
         self._set_alarm()
         return self._do.say.out
 
@@ -141,19 +135,19 @@ class Scheduler:
 
     @property
     def open_conversations(self) -> int:
-        return len(self._conversations)
+        return len(self._conversations.open)
 
     @property
     def live_turns(self) -> int:
-        return len(self._turns)
+        return len(self._turns.open)
 
     @property
     def waiting_turns(self) -> int:
-        return sum(1 for t in self._turns.values() if t.phase is Phase.WAITING)
+        return sum(1 for t in self._turns.open.values() if t.phase is Phase.WAITING)
 
     def conversation(self, conversation: ConversationId) -> ConversationState | None:
         """One open conversation. For reading."""
-        return self._conversations.get(conversation)
+        return self._conversations.open.get(conversation)
 
     def check_invariants(self, *, recount: bool = False) -> None:
         """Raise ``InvariantError`` unless the books add up.
@@ -165,27 +159,23 @@ class Scheduler:
             audit.check(engine)
         if recount:
             audit.recount(
-                self._placer.engines.values(), self._conversations.values(), self._turns.values()
+                self._placer.engines.values(),
+                self._conversations.open.values(),
+                self._turns.open.values(),
             )
 
     # --- engines -----------------------------------------------------------------------------
     def _on_engine_joined(self, event: EngineJoined) -> None:
-        if event.epoch <= self._last_epoch.get(event.engine, -1):
+        if not self._roster.is_newer(event.engine, event.epoch):
             self._ignore(event)
             return
-        self._last_epoch[event.engine] = event.epoch
         former = self._placer.engines.get(event.engine)
         if former is not None:
             self._lose(former)
-        engine = EngineState(event)
-        self._unseen.pop(event.engine, None)
-        if event.speeds_guessed:
-            self._unseen[event.engine] = engine
-        self._placer.add(engine)
-        self._do.free(engine)
+        self._do.free(self._roster.admit(event))
 
     def _on_engine_reported(self, event: EngineReported) -> None:
-        engine = self._current(event.engine, event.epoch)
+        engine = self._roster.current(event.engine, event.epoch)
         if engine is None:
             self._ignore(event)
             return
@@ -193,34 +183,15 @@ class Scheduler:
         engine.running_requests = event.running_requests
         engine.queued_requests = event.queued_requests
         if event.steps is not None:
-            engine.speeds.observe(event.steps, prefilled_turns=engine.prefilled_turns)
-            engine.prefilled_turns = 0
-            self._placer.touch(engine)
-            if self._unseen:
-                self._liken(engine, event.steps)
+            self._roster.learn(engine, event.steps)
         if self._do.now_s >= self._review_s:
             self._review_s = self._do.now_s + self.settings.review_interval_s
             opened = self._placer.review()
             if opened is not None:
                 self._do.free(opened)  # who waits for room may live there now, or beside it
 
-    def _liken(self, engine: EngineState, steps: StepTimes) -> None:
-        """Take unseen engines of the same tier to be as fast as one that has been seen at work.
-
-        Otherwise a guess that is too low keeps every conversation away from them, and they would
-        never be seen: new conversations would pile up on the engine that happened to be first.
-        """
-        seen = steps.prefill_tokens if engine.tier is Tier.PREFILL else steps.decode_steps
-        if not seen:
-            return
-        self._unseen.pop(engine.id, None)
-        for other in self._unseen.values():
-            if other.tier is engine.tier:
-                other.speeds = other.speeds.liken(engine.speeds)
-                self._placer.touch(other)
-
     def _on_engine_draining(self, event: EngineDraining) -> None:
-        engine = self._current(event.engine, event.epoch)
+        engine = self._roster.current(event.engine, event.epoch)
         if engine is None:
             self._ignore(event)
             return
@@ -229,9 +200,7 @@ class Scheduler:
         self._do.free(engine)  # who waits for room there need wait no longer
 
     def _on_engine_lost(self, event: EngineLost) -> None:
-        newest = self._last_epoch.get(event.engine, -1)
-        if event.epoch > newest:  # it was lost before it was known to have joined
-            self._last_epoch[event.engine] = event.epoch
+        self._roster.heard_of(event.engine, event.epoch)
         engine = self._placer.engines.get(event.engine)
         if engine is None or event.epoch < engine.epoch:
             self._ignore(event)
@@ -239,9 +208,7 @@ class Scheduler:
             self._lose(engine)
 
     def _lose(self, engine: EngineState) -> None:
-        engine.lost = True
-        self._unseen.pop(engine.id, None)
-        self._placer.remove(engine)
+        self._roster.strike(engine)
         for turn in list(engine.turns.values()):
             if turn.decoder is engine:
                 followers = self._do.unplan(turn, context_tokens=None)
@@ -258,16 +225,16 @@ class Scheduler:
 
     # --- arrivals ----------------------------------------------------------------------------
     def _on_turn_arrived(self, event: TurnArrived) -> None:
-        if event.turn in self._turns or event.turn in self._closed:
+        if self._turns.is_spent(event.turn):
             self._ignore(event)
             return
-        conversation = self._conversations.get(event.conversation)
+        conversation = self._conversations.open.get(event.conversation)
         if conversation is None:
             conversation = ConversationState(event.conversation, self._do.now_s)
             conversation.foreseen = event.foreseen_tokens
             if event.hint is None:
                 self._do.load.arrived(self._do.now_s)
-            self._conversations[event.conversation] = conversation
+            self._conversations.open[event.conversation] = conversation
             self._adopt(conversation, event)
         conversation.ended = False
         turn = TurnState(
@@ -279,8 +246,8 @@ class Scheduler:
             predicted_output_tokens=event.predicted_output_tokens,
         )
         conversation.live += 1
-        self._touch_conversation(conversation)
-        self._turns[turn.id] = turn
+        self._conversations.touch(conversation, self._do.now_s)
+        self._turns.open[turn.id] = turn
         longest = self._placer.longest_context_tokens()
         home = self._do.home(conversation)
         if home is not None:  # which may take no others any more
@@ -299,7 +266,7 @@ class Scheduler:
             return
         conversation.turns = max(0, hint.turns)
         conversation.transfers = max(0, hint.transfers)
-        engine = self._current(hint.engine, hint.epoch)
+        engine = self._roster.current(hint.engine, hint.epoch)
         if engine is None:
             conversation.moved_because = TransferReason.ENGINE_LOST
         elif self._placer.takes(engine):
@@ -408,7 +375,7 @@ class Scheduler:
         self._dispatch_all(followers)
 
     def _on_turn_aborted(self, event: TurnAborted) -> None:
-        turn = self._turns.get(event.turn)
+        turn = self._turns.open.get(event.turn)
         if turn is None:
             self._ignore(event)
             return
@@ -441,14 +408,14 @@ class Scheduler:
 
     # --- endings -----------------------------------------------------------------------------
     def _on_conversation_idled(self, event: ConversationIdled) -> None:
-        conversation = self._conversations.get(event.conversation)
+        conversation = self._conversations.open.get(event.conversation)
         if conversation is None or conversation.live:
             self._ignore(event)
         else:
             ledger.park_first(conversation)
 
     def _on_conversation_ended(self, event: ConversationEnded) -> None:
-        conversation = self._conversations.get(event.conversation)
+        conversation = self._conversations.open.get(event.conversation)
         if conversation is None:
             self._ignore(event)
             return
@@ -459,17 +426,13 @@ class Scheduler:
     def _close(self, turn: TurnState, outcome: Outcome) -> None:
         conversation = turn.conversation
         turn.phase = Phase.CLOSED
-        del self._turns[turn.id]
-        if len(self._closed_order) >= _REMEMBER_CLOSED:
-            self._closed.discard(self._closed_order.popleft())
-        self._closed.add(turn.id)
-        self._closed_order.append(turn.id)
+        self._turns.close(turn.id)
         self.counters.outcomes[outcome] += 1
         self._do.say.out.append(
             CloseTurn(turn=turn.id, conversation=conversation.id, outcome=outcome)
         )
         conversation.live -= 1
-        self._touch_conversation(conversation)
+        self._conversations.touch(conversation, self._do.now_s)
         if conversation.live == 0 and (
             conversation.ended or (conversation.turns == 0 and conversation.home is None)
         ):
@@ -479,7 +442,7 @@ class Scheduler:
         if conversation.turns:
             self._do.growth.observe_end(conversation.turns)
         self._do.release(conversation, reason)
-        self._conversations.pop(conversation.id, None)
+        self._conversations.open.pop(conversation.id, None)
 
     # --- waiting -----------------------------------------------------------------------------
     def _on_timer_fired(self, _: TimerFired) -> None:
@@ -489,21 +452,19 @@ class Scheduler:
             is_up = self._placer.has_hosts
             self._reject(turn, Reason.HELD_TOO_LONG if is_up else Reason.NO_ENGINE)
         self._do.recheck()
-        for _once in range(min(_EXPIRE, len(self._conversations))):
-            conversation = next(iter(self._conversations.values()))
-            # The very sum the alarm was set by: a difference may be rounded to the other side.
-            if conversation.last_active_s + self.settings.idle_timeout_s > self._do.now_s:
+        for _once in range(_EXPIRE):
+            conversation = self._conversations.expired(self._do.now_s)
+            if conversation is None:
                 break
             if conversation.live:
-                self._touch_conversation(conversation)
+                self._conversations.touch(conversation, self._do.now_s)
             else:
                 self._forget(conversation, Reason.CONVERSATION_EXPIRED)
 
     def _set_alarm(self) -> None:
         due_s = self._do.now_s if self._do.unfinished else self._waiting.next_alarm_s()
-        if self._conversations:
-            oldest = next(iter(self._conversations.values()))
-            expires_s = oldest.last_active_s + self.settings.idle_timeout_s
+        expires_s = self._conversations.expires_s()
+        if expires_s is not None:
             due_s = expires_s if due_s is None else min(due_s, expires_s)
         if due_s is not None and (self._wake_s is None or due_s < self._wake_s):
             self._wake_s = due_s
@@ -523,20 +484,11 @@ class Scheduler:
         self._close(turn, Outcome.REJECTED)
 
     # --- small things ------------------------------------------------------------------------
-    def _current(self, engine: EngineId, epoch: int) -> EngineState | None:
-        state = self._placer.engines.get(engine)
-        return state if state is not None and state.epoch == epoch else None
-
     def _planned(self, turn_id: TurnId, plan: int) -> TurnState | None:
-        turn = self._turns.get(turn_id)
+        turn = self._turns.open.get(turn_id)
         if turn is None or turn.plan != plan or turn.phase is Phase.WAITING:
             return None
         return turn
-
-    def _touch_conversation(self, conversation: ConversationState) -> None:
-        conversation.last_active_s = self._do.now_s
-        if conversation.id in self._conversations:
-            self._conversations.move_to_end(conversation.id)
 
     def _ignore(self, event: Event) -> None:
         self.counters.ignored_events[type(event).__name__] += 1
