@@ -6,7 +6,7 @@ arrivals at the given rate, fed lazily, every turn given to a callback and forgo
 - ``swebench``: SWE-bench-like conversations of at most 5 turns, as in the paper;
 - ``long``: the same, uncapped: contexts to 32,000 tokens, eviction, parking, held turns.
 
-    python benchmarks/simulator/speed.py [--turns 1000000] [--workload swebench] [--rate 1.2]
+    python benchmarks/simulator/speed.py [--turns 1000000] [--workload swebench] [--rate 1.0]
 
 Reports CPU time of the run alone (the pool is drawn before), and peak resident memory.
 """
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=100_000)
     parser.add_argument("--workload", choices=sorted(CAPS), default="swebench")
-    parser.add_argument("--rate", type=float, default=1.2, help="conversations per second")
+    parser.add_argument("--rate", type=float, default=1.0, help="conversations per second")
     parser.add_argument("--policy", default="conserve")
     args = parser.parse_args()
 
