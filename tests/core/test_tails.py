@@ -378,11 +378,3 @@ def test_an_engine_that_never_decoded_is_judged_as_its_peers_turned_out() -> Non
 @pytest.mark.parametrize("hosting", [True, False])
 def test_without_engines_nothing_is_changed(hosting: bool) -> None:
     assert should_host([], ObservedLoad(256), hosting_now=hosting) is hosting
-
-
-def test_arrivals_are_observed_as_a_rate() -> None:
-    load = ObservedLoad(256)
-    assert load.conversations_per_s == 0.0
-    for number in range(400):
-        load.arrived(0.25 * number)
-    assert load.conversations_per_s == pytest.approx(4.0)

@@ -2,68 +2,139 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
-# A new conversation takes so much of the weight of those before it.
-_KEEP: Final = 1.0 - 1.0 / 256
-# What is believed before anything was seen counts as so many conversations.
+from conserve_serving.core.growth import AGES, age_of
+
+# Turns of an age whose mean is kept, about; older ones fade.
+_WINDOW: Final = 256
+_KEEP: Final = 1.0 - 1.0 / _WINDOW
+# What is believed before anything was seen counts as so many turns.
 _PRIOR: Final = 2.0
 _PRIOR_FIRST_PROMPT_TOKENS: Final = 8192.0
-# Weight of the newest gap between two arrivals.
-_GAP_WEIGHT: Final = 1.0 / 64
+# Share of the conversations that have another turn after their first, before any was seen.
+_PRIOR_SHARE: Final = 0.5
+# Some conversation ends at last.
+_MOST: Final = 1.0 - 1e-6
+# No age is looked at that fewer conversations come to.
+_FEW: Final = 1e-4
+# Gaps between two arrivals whose mean is kept, about.
+_GAPS: Final = 64
+
+
+class Turns(NamedTuple):
+    """Means over the turns of an age."""
+
+    new_tokens: float
+    output_tokens: float
+    read_tokens: float  # context read, summed over the output tokens
+
+
+class _Usual(NamedTuple):
+    """A conversation of the usual shape; what `LoadView` says of it."""
+
+    tail_turns: float
+    tail_new_tokens: float
+    output_tokens: float
+    context_tokens: float
 
 
 class ObservedLoad:
-    """Sums over turns that have finished, old ones fading. Read by policies as a ``LoadView``.
+    """What turns of each age needed, and how many conversations come to that age. Read by policies
+    as a ``LoadView``.
 
-    A conversation is counted when its first turn finishes. Turns of those still open are counted as
-    they finish: in a steady state the ratio of the two is what a conversation has in all.
+    A conversation is the sum over the ages it can be expected to reach: for every number of turns
+    behind them, the share of conversations that had another. So the first minutes count for what
+    they are: conversations that will be long have only not ended yet, and what those that ended
+    first needed says little about them.
     """
 
     __slots__ = (
         "_arrived_s",
-        "_context",
-        "_conversations",
         "_first",
         "_gap_s",
-        "_new",
-        "_output",
-        "_tails",
+        "_gaps",
+        "_next",
+        "_reached",
+        "_seen",
+        "_turns",
+        "_usual",
     )
 
     def __init__(self, output_tokens: int) -> None:
         """Args: output of a turn before any has been seen."""
         self._arrived_s: float | None = None
-        self._gap_s: float | None = None
-        self._conversations = _PRIOR
-        self._first = _PRIOR * _PRIOR_FIRST_PROMPT_TOKENS
-        self._tails = _PRIOR
-        self._new = 0.0
-        self._output = 2 * _PRIOR * output_tokens
-        self._context = self._output * _PRIOR_FIRST_PROMPT_TOKENS
+        self._gap_s = 0.0
+        self._gaps = 0
+        self._first = _PRIOR_FIRST_PROMPT_TOKENS
+        prior = Turns(0.0, output_tokens, output_tokens * _PRIOR_FIRST_PROMPT_TOKENS)
+        self._turns = [prior] * AGES
+        self._seen = [0.0] * AGES
+        self._reached = [0.0] * AGES  # conversations that had so many turns behind them
+        self._next = [0.0] * AGES  # those of them that had another
+        self._usual: _Usual | None = None
 
     def arrived(self, now_s: float) -> None:
         """A conversation began."""
         if self._arrived_s is not None:
-            gap_s = now_s - self._arrived_s
-            before_s = gap_s if self._gap_s is None else self._gap_s
-            self._gap_s = before_s + _GAP_WEIGHT * (gap_s - before_s)
+            self._gaps = min(self._gaps + 1, _GAPS)
+            self._gap_s += (now_s - self._arrived_s - self._gap_s) / self._gaps
         self._arrived_s = now_s
 
-    def observe(self, *, first: bool, prompt_tokens: int, new_tokens: int, output: int) -> None:
-        """A turn finished: its prompt, what of it was not in the conversation's KV, its output."""
-        if first:
-            self._conversations = self._conversations * _KEEP + 1.0
-            self._first = self._first * _KEEP + prompt_tokens
-            self._tails *= _KEEP
-            self._new *= _KEEP
-            self._output *= _KEEP
-            self._context *= _KEEP
-        else:
-            self._tails += 1.0
-            self._new += new_tokens
-        self._output += output
-        self._context += output * (prompt_tokens + output / 2)
+    def went_on(self, turns: int) -> None:
+        """A conversation with ``turns`` turns behind it has another; to be told once of each."""
+        self._next[age_of(turns)] += 1.0
+
+    def observe(self, *, turns: int, prompt_tokens: int, new_tokens: int, output: int) -> None:
+        """A turn with ``turns`` before it finished.
+
+        Args:
+            turns: turns that its conversation had behind it.
+            prompt_tokens: its prompt.
+            new_tokens: what of that was not in the conversation's KV.
+            output: what it put out.
+        """
+        age = age_of(turns)
+        seen = self._seen[age] = min(self._seen[age] + 1.0, _WINDOW)
+        new, out, read = self._turns[age]
+        weight = 1.0 / (seen + _PRIOR) if age < 2 else 1.0 / seen
+        self._turns[age] = Turns(
+            new + (new_tokens - new) * weight,
+            out + (output - out) * weight,
+            read + (output * (prompt_tokens + output / 2) - read) * weight,
+        )
+        if not turns:
+            self._first += (prompt_tokens - self._first) * weight
+        behind = age_of(turns + 1)
+        self._reached[behind] = self._reached[behind] * _KEEP + 1.0
+        self._next[behind] *= _KEEP
+        self._usual = None
+
+    def _conversation(self) -> _Usual:
+        """The sum over ages, until the next turn is observed."""
+        if self._usual is not None:
+            return self._usual
+        turns = self._turns[0]
+        tails = new = 0.0
+        output, read = turns.output_tokens, turns.read_tokens
+        reach, share = 1.0, _PRIOR_SHARE
+        for age in range(1, AGES):
+            if reach < _FEW:
+                break
+            # Ages that few have reached are believed to go on as those before them did.
+            known = self._next[age] + _PRIOR * share
+            share = min(known / (self._reached[age] + _PRIOR), _MOST)
+            if self._seen[age]:
+                turns = self._turns[age]
+            gone_on = share ** (1 << (age - 1))
+            expected = reach * share * (1.0 - gone_on) / (1.0 - share)
+            tails += expected
+            new += expected * turns.new_tokens
+            output += expected * turns.output_tokens
+            read += expected * turns.read_tokens
+            reach *= gone_on
+        self._usual = _Usual(tails, new, output, read / output if output else 0.0)
+        return self._usual
 
     @property
     def conversations_per_s(self) -> float:
@@ -73,29 +144,30 @@ class ObservedLoad:
     @property
     def first_prompt_tokens(self) -> float:
         """Mean first prompt."""
-        return self._first / self._conversations
+        return self._first
 
     @property
     def tail_turns(self) -> float:
         """Later turns of a conversation."""
-        return self._tails / self._conversations
+        return self._conversation().tail_turns
 
     @property
     def tail_new_tokens(self) -> float:
         """Uncached tokens of a conversation's later turns, together."""
-        return self._new / self._conversations
+        return self._conversation().tail_new_tokens
 
     @property
     def output_tokens(self) -> float:
         """Output of a conversation's turns, together."""
-        return self._output / self._conversations
+        return self._conversation().output_tokens
 
     @property
     def turn_output_tokens(self) -> float:
         """Output of one turn."""
-        return self._output / (self._conversations + self._tails)
+        usual = self._conversation()
+        return usual.output_tokens / (1.0 + usual.tail_turns)
 
     @property
     def context_tokens(self) -> float:
         """Context that an output token reads, mean over output tokens."""
-        return self._context / self._output if self._output else 0.0
+        return self._conversation().context_tokens

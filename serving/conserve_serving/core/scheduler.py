@@ -237,6 +237,9 @@ class Scheduler:
             self._conversations.open[event.conversation] = conversation
             self._adopt(conversation, event)
         conversation.ended = False
+        if conversation.turns > conversation.went_on:
+            conversation.went_on = conversation.turns
+            self._do.load.went_on(conversation.turns)
         turn = TurnState(
             event.turn,
             conversation,
@@ -264,7 +267,7 @@ class Scheduler:
         hint = event.hint
         if hint is None:
             return
-        conversation.turns = max(0, hint.turns)
+        conversation.turns = conversation.went_on = max(0, hint.turns)
         conversation.transfers = max(0, hint.transfers)
         engine = self._roster.current(hint.engine, hint.epoch)
         if engine is None:
@@ -342,7 +345,7 @@ class Scheduler:
         before = conversation.context_tokens
         context = event.prompt_tokens + event.output_tokens
         self._do.load.observe(
-            first=conversation.turns == 0,
+            turns=conversation.turns,
             prompt_tokens=event.prompt_tokens,
             new_tokens=turn.new_tokens,
             output=event.output_tokens,

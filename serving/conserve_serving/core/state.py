@@ -43,6 +43,7 @@ class ConversationState:
         "resident",
         "transfers",
         "turns",
+        "went_on",
     )
 
     def __init__(self, conversation: ConversationId, now_s: float) -> None:
@@ -51,6 +52,7 @@ class ConversationState:
         self.resident = 0
         self.parked = 0
         self.turns = 0  # turns finished
+        self.went_on = 0  # how many had finished when the latest turn arrived
         self.live = 0  # turns that have arrived and not yet ended
         self.active = 0  # those of them that are placed
         self.transfers = 0
