@@ -21,7 +21,8 @@ import time
 import conserve_serving.core.scheduler as measured
 from conserve_serving.core import Scheduler, SchedulerSettings, make_policy
 from conserve_serving.lab.clusters import cluster
-from conserve_serving.lab.workloads import Pool, WorkloadSpec
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.simulator import TurnResult, VirtualCluster
 
 MAX_CONTEXT_TOKENS = 32_000

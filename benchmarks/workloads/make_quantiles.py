@@ -27,7 +27,8 @@ from typing import Any, Final
 import numpy as np
 
 from conserve_serving.lab.cuts import is_reset
-from conserve_serving.lab.workloads import Pool, WorkloadSpec
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.replay.conversations import Conversation, Turn
 
 TARGET: Final = Path(__file__).resolve().parents[2] / "serving/conserve_serving/replay"

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from conserve_serving.cli import run
-from conserve_serving.lab.clusters import list_clusters, list_links
+from conserve_serving.lab.boards import list_links
+from conserve_serving.lab.capacity import cluster_capacity
+from conserve_serving.lab.clusters import cluster, list_clusters
+from conserve_serving.lab.workloads import WorkloadSpec
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,36 @@ def test_one_cluster_and_what_it_can_carry(capsys: pytest.CaptureFixture[str]) -
     assert "limited by decode; better, by this sum: hosting everywhere" in said
     assert run(["clusters", "h100-3a100", *trace, "--link", "tcp_25g"]) == 0
     assert "limited by link" in capsys.readouterr().out
+
+
+def test_what_little_can_be_carried_keeps_three_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    trace = ["--trace", "generated:coding-agent", "--pool", "100"]
+    assert run(["clusters", "h100-3a100", *trace]) == 0
+    lines = capsys.readouterr().out.partition("can carry, conversations/s")[2].splitlines()[1:7]
+    found = cluster_capacity(
+        cluster("h100-3a100"), WorkloadSpec(source="generated:coding-agent", pool_size=100)
+    )
+    assert found.dedicated_per_s < found.hosting_per_s < 0.05  # of which two decimals say little
+    assert [float(line.split()[-1]) for line in lines] == [
+        float(f"{value:.3g}")
+        for value in (
+            found.dedicated_per_s,
+            found.prefill_per_s,
+            found.decode_per_s,
+            found.link_per_s,
+            found.valve_per_s,
+            found.hosting_per_s,
+        )
+    ]
+
+
+def test_what_nothing_limits_is_said_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "one.jsonl"
+    trace.write_text(
+        '{"conversation_id": "a", "turn": 0, "input_tokens": 100, "output_tokens": 1}\n'
+    )
+    assert run(["clusters", "h100-3a100", "--trace", str(trace)]) == 0
+    assert re.search(r"later prompts and decode.* no limit\n", capsys.readouterr().out)
 
 
 def test_clusters_of_ones_own_come_first(

@@ -23,9 +23,11 @@ from conserve_serving.engines.profile import (
     PrefillScan,
     load_profile,
 )
-from conserve_serving.lab.capacity import Demand, advantage, capacity
+from conserve_serving.lab.advantage import advantage
+from conserve_serving.lab.capacity import capacity
 from conserve_serving.lab.clusters import cluster
 from conserve_serving.lab.contenders import CONTENDERS
+from conserve_serving.lab.demand import Demand
 from conserve_serving.lab.errors import LabError
 from conserve_serving.simulator import (
     SimulatedConversation,

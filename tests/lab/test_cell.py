@@ -15,7 +15,8 @@ from conserve_serving.lab.clusters import cluster
 from conserve_serving.lab.contenders import CONTENDERS, Contender, available, contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.metrics import PARTS
-from conserve_serving.lab.workloads import Pool, WorkloadSpec
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.replay.cluster import Cluster, Engine, Gateway
 from conserve_serving.replay.ideal import ideal_for
 

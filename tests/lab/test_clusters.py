@@ -10,18 +10,9 @@ import pytest
 
 from conserve_serving.core.types import Tier
 from conserve_serving.engines.profile import Confidence, list_profiles, load_profile
-from conserve_serving.lab.clusters import (
-    HOST_W_PER_GPU,
-    ClusterSpec,
-    EngineGroup,
-    board_of,
-    cluster,
-    find_link,
-    list_clusters,
-    list_links,
-    parse_clusters,
-    read_clusters,
-)
+from conserve_serving.lab.boards import board_of, find_link, list_links
+from conserve_serving.lab.cluster_spec import HOST_W_PER_GPU, ClusterSpec, EngineGroup
+from conserve_serving.lab.clusters import cluster, list_clusters, parse_clusters, read_clusters
 from conserve_serving.lab.errors import ClusterError
 from conserve_serving.lab.worth import compare, right_sized, worth
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from conserve_serving.cli import run
 from conserve_serving.cli.workload import rendered
 from conserve_serving.lab.describe import DEFINITIONS, describe
-from conserve_serving.lab.workloads import Pool, WorkloadSpec
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.replay.generator import recipes
 
 

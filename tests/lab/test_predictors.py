@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from conserve_serving.lab.pool import Pool
 from conserve_serving.lab.predictors import NOISE_SIGMA, MeanByTurn, foretell
-from conserve_serving.lab.workloads import Pool, Split, WorkloadSpec
+from conserve_serving.lab.workloads import Split, WorkloadSpec
 from conserve_serving.replay.conversations import Conversation, Turn
 
 SPEC = WorkloadSpec(source="generated:swebench", max_turns=5, conversations=400, seed=3)

@@ -13,10 +13,13 @@ import rows as made
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conserve_serving.lab.capacity import Demand, capacity
+from conserve_serving.lab.capacity import capacity
 from conserve_serving.lab.cell import Cell as LabCell
-from conserve_serving.lab.clusters import ClusterSpec, cluster
+from conserve_serving.lab.cluster_spec import ClusterSpec
+from conserve_serving.lab.clusters import cluster
 from conserve_serving.lab.contenders import contender
+from conserve_serving.lab.demand import Demand
+from conserve_serving.lab.pool import Pool
 from conserve_serving.lab.report import lines, losses, sensitivity, tiers
 from conserve_serving.lab.report.context import Context
 from conserve_serving.lab.report.document import Cell, Figure, Note, Section, Table, Tone
@@ -24,7 +27,7 @@ from conserve_serving.lab.report.metrics import SLO_ALL
 from conserve_serving.lab.report.reached import crossing, goodput
 from conserve_serving.lab.report.rows import Rows, workload_name
 from conserve_serving.lab.stats import Verdict
-from conserve_serving.lab.workloads import Pool, WorkloadSpec
+from conserve_serving.lab.workloads import WorkloadSpec
 
 
 def planted(changes: dict[tuple[str, float], float], *, seeds: int = 6) -> Context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -240,6 +241,13 @@ def test_what_contradicts_the_arithmetic_is_said() -> None:
     assert site.main() is not None and site.main().verdict is Verdict.TIE  # type: ignore[union-attr]
 
 
+def test_rates_have_three_digits_however_small_or_large() -> None:
+    parts = capacity(prefill_per_s=0.01316, link_per_s=1234.5, hosting_per_s=math.inf)
+    (site,) = judge(dict.fromkeys(LABELS, 1.0), parts=parts)
+    assert "prefill 0.0132, tail and decode 2, link 1,234" in tier_text.why(site)
+    assert "everything everywhere no limit" in tier_text.why(site)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -323,7 +331,7 @@ def test_an_slo_that_is_missed_below_a_load_that_keeps_it_is_told() -> None:
                 made.append(row)
     (site,) = verdicts(Rows(made), {})
     assert site.dips == {"conserve_plus": (1.2, 1.6)}
-    assert "conserve_plus misses them at 1.2/s and keeps them at 1.6/s" in tier_text.text(site)
+    assert "conserve_plus misses them at 1.20/s and keeps them at 1.60/s" in tier_text.text(site)
     # What it carries ends where it first fails.
     found = site.goodputs["conserve_plus"]["Gany"]
     assert found is not None and found.by_seed[1] < 1.2

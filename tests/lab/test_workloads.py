@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from conserve_serving.lab.cuts import Answers, Split, in_split, is_reset, returned
 from conserve_serving.lab.errors import WorkloadError
-from conserve_serving.lab.workloads import Arrivals, Pool, SharedPrefix, WorkloadSpec
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import Arrivals, SharedPrefix, WorkloadSpec
 from conserve_serving.replay.conversations import Conversation, Turn
 from conserve_serving.simulator.conversation import SimulatedConversation
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -199,6 +200,9 @@ def test_numbers_as_people_read_them() -> None:
     assert [format_number(v) for v in (None, 0, 1234567, 0.01234, 61.987, 1.0, "x")] == [
         "–", "0", "1,234,567", "0.0123", "62.0", "1", "x"
     ]  # fmt: skip
+    rounded_up = [format_number(v) for v in (0.09996, 0.9996, 9.996, 99.96, 999.6)]
+    assert rounded_up == ["0.100", "1.00", "10.0", "100", "1,000"]
+    assert [format_number(v) for v in (math.inf, math.nan)] == ["no limit", "–"]
     assert [format_seconds(v) for v in (None, 0.0123, 2.0, 61.2345)] == [
         "–", "12.3 ms", "2 s", "61.2 s"
     ]  # fmt: skip

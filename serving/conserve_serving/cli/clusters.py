@@ -15,17 +15,13 @@ from conserve_serving.cli.params import FiniteRange
 from conserve_serving.cli.render import quantity
 from conserve_serving.cli.workload import cap_options
 from conserve_serving.engines.profile import load_profile
-from conserve_serving.lab.capacity import ClusterCapacity, advantage, cluster_capacity
-from conserve_serving.lab.clusters import (
-    ClusterSpec,
-    board_of,
-    cluster,
-    find_link,
-    list_clusters,
-    list_links,
-    read_clusters,
-)
+from conserve_serving.lab.advantage import advantage
+from conserve_serving.lab.boards import board_of, find_link, list_links
+from conserve_serving.lab.capacity import ClusterCapacity, cluster_capacity
+from conserve_serving.lab.cluster_spec import ClusterSpec
+from conserve_serving.lab.clusters import cluster, list_clusters, read_clusters
 from conserve_serving.lab.workloads import WorkloadSpec
+from conserve_serving.replay.report import format_number
 
 
 @click.command()
@@ -144,12 +140,12 @@ def _rents(spec: ClusterSpec) -> RenderableType:
 def _carried(found: ClusterCapacity) -> RenderableType:
     table = _table("can carry, conversations/s", "")
     rows = [
-        ("dedicated tiers", f"{found.dedicated_per_s:.2f}"),
-        ("  first prompts, prefill tier", f"{found.prefill_per_s:.2f}"),
-        ("  later prompts and decode, decode tier", f"{found.decode_per_s:.2f}"),
-        ("  hand-offs, link", f"{found.link_per_s:.2f}"),
-        ("  with decoders prefilling the rest", f"{found.valve_per_s:.2f}"),
-        ("hosting everywhere", f"{found.hosting_per_s:.2f}"),
+        ("dedicated tiers", format_number(found.dedicated_per_s)),
+        ("  first prompts, prefill tier", format_number(found.prefill_per_s)),
+        ("  later prompts and decode, decode tier", format_number(found.decode_per_s)),
+        ("  hand-offs, link", format_number(found.link_per_s)),
+        ("  with decoders prefilling the rest", format_number(found.valve_per_s)),
+        ("hosting everywhere", format_number(found.hosting_per_s)),
     ]
     for row in rows:
         table.add_row(*row)

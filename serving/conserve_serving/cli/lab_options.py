@@ -13,7 +13,8 @@ import click
 from conserve_serving.cli.errors import EXIT_USAGE, CliError
 from conserve_serving.cli.params import FiniteRange
 from conserve_serving.cli.workload import cap_options
-from conserve_serving.lab.clusters import ClusterSpec, cluster, list_clusters, read_clusters
+from conserve_serving.lab.cluster_spec import ClusterSpec
+from conserve_serving.lab.clusters import cluster, list_clusters, read_clusters
 from conserve_serving.lab.contenders import ABOUT, Contender, available, contender
 from conserve_serving.lab.errors import LabError, RunError
 from conserve_serving.lab.workloads import Arrivals, SharedPrefix, WorkloadSpec

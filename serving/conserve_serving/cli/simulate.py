@@ -17,7 +17,7 @@ from conserve_serving.cli.lab_tables import plain_console
 from conserve_serving.cli.params import FiniteRange, check_writable
 from conserve_serving.lab.cell import Cell, run_cell
 from conserve_serving.lab.contenders import contender
-from conserve_serving.lab.workloads import Pool
+from conserve_serving.lab.pool import Pool
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 

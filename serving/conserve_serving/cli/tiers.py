@@ -28,7 +28,7 @@ from conserve_serving.cli.params import FiniteRange, check_writable
 from conserve_serving.cli.workload import cap_options
 from conserve_serving.lab import tier_tables, tier_text
 from conserve_serving.lab.cell import Cell, run_cell
-from conserve_serving.lab.clusters import ClusterSpec
+from conserve_serving.lab.cluster_spec import ClusterSpec
 from conserve_serving.lab.errors import RunError
 from conserve_serving.lab.grid import Results, Row, failed
 from conserve_serving.lab.report import document, render

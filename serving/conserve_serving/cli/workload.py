@@ -18,7 +18,8 @@ from conserve_serving.cli.params import FiniteRange
 from conserve_serving.cli.render import duration, quantity
 from conserve_serving.lab.describe import describe as figures_of
 from conserve_serving.lab.errors import WorkloadError
-from conserve_serving.lab.workloads import Answers, Pool, Split, WorkloadSpec
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import Answers, Split, WorkloadSpec
 from conserve_serving.replay.generator import recipes
 from conserve_serving.replay.session import GENERATED
 from conserve_serving.replay.traces import TraceFormat

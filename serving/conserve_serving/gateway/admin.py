@@ -145,13 +145,13 @@ class Admin:
             raise UnavailableError(
                 "no engine is alive and no model was named: try again", retry_after_s=1.0
             )
-        tags = Tags(tenant=gateway.identity.tenant(headers), parent=asked.parent)
+        tags = Tags(tenant=gateway.attribution.tenant(headers), parent=asked.parent)
         id = asked.id or gateway.conversations.new_id()
         opened = gateway.conversations.open(id, tags, model=model, source="opened")
         return 201, opened.describe(gateway.wall())
 
     def _find(self, headers: Headers, id: str) -> Conversation:
-        tenant = self._gateway.identity.tenant(headers)
+        tenant = self._gateway.attribution.tenant(headers)
         found = self._gateway.conversations.find(tenant, id)
         if found is None:
             raise NotFoundError(f"conversation {id!r} is not known here", param="id")
@@ -162,7 +162,7 @@ class Admin:
         if not (text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_LIMIT):
             raise InvalidRequestError(f"limit must be 1 to {_MAX_LIMIT}", param="limit")
         gateway = self._gateway
-        tenant: str | None = gateway.identity.tenant(headers)
+        tenant: str | None = gateway.attribution.tenant(headers)
         if query.get("all") == ["1"]:
             self._authorise(headers)
             tenant = None

@@ -26,6 +26,7 @@ from conserve_serving.engines.client import EngineClient
 from conserve_serving.engines.http import HttpPool
 from conserve_serving.engines.http_errors import EngineHttpError
 from conserve_serving.gateway.apis.store import ResponseStore
+from conserve_serving.gateway.attribution import Attribution
 from conserve_serving.gateway.config import Config
 from conserve_serving.gateway.conversations import Conversation, Conversations, Usage
 from conserve_serving.gateway.energy import EnergyBook
@@ -38,15 +39,13 @@ from conserve_serving.gateway.errors import (
 )
 from conserve_serving.gateway.fleet import Fleet
 from conserve_serving.gateway.handoffs import Handoffs
-from conserve_serving.gateway.identity import Headers, IdentityResolver, Tags
-from conserve_serving.gateway.lineage import Lineage, PrefixMark, Relation
+from conserve_serving.gateway.identity import Headers
 from conserve_serving.gateway.metrics import Metrics
 from conserve_serving.gateway.placement import PlacementSigner
 from conserve_serving.gateway.relay import Client
 from conserve_serving.gateway.request import TurnRequest
 from conserve_serving.gateway.runtime import Journal, ModelClock, Runtime
 from conserve_serving.gateway.sessions import Background, Sessions
-from conserve_serving.gateway.sources import LINEAGE, PREVIOUS_RESPONSE, expand
 from conserve_serving.gateway.turn import Turn
 
 _log = logging.getLogger("conserve.gateway")
@@ -75,7 +74,7 @@ class Gateway:
         token: Callable[[], str] = lambda: secrets.token_hex(12),
         open_nvml: Callable[[], Nvml] = load_nvml,
     ) -> None:
-        settings, identity = config.gateway, config.identity
+        settings = config.gateway
         self.config = config
         self.wall = wall
         self.token = token
@@ -121,10 +120,7 @@ class Gateway:
             remember_turns=settings.remember_turns,
             on_forget=self._forgotten,
         )
-        self.identity = IdentityResolver(expand(identity.order, identity.aliases))
-        self._lineage: Lineage | None = None
-        if self.identity.lineage:
-            self._lineage = Lineage(identity.lineage_entries, self.conversations.is_running)
+        self.attribution = Attribution(config.identity, self.conversations)
         self.responses = ResponseStore(
             clock=wall,
             ttl_s=config.responses.ttl_s,
@@ -206,34 +202,12 @@ class Gateway:
             ApiError: draining, no engine, unknown model, or an illegal id.
         """
         self.check_model(request.model)
-        original = request.original
-        tags = self.identity.resolve(
-            headers,
-            request.identity,
-            previous=None if original is None else original.continues,
-        )
-        mark, kept_bytes = PrefixMark(request), 0
-        conversation, relation = self._identify(request, tags, mark)
-        if tags.turn_index is not None and tags.turn_id is None and conversation.is_new:
-            conversation.turns = tags.turn_index - 1  # it lived before this gateway did
-        if conversation.mark is not None:
-            relation, kept_bytes = conversation.mark.compare(mark, request)
-        self.metrics.identity[tags.source] += 1
-        self.metrics.relations[relation] += 1
+        origin = self.attribution.attribute(request, headers)
+        self.metrics.identity[origin.tags.source] += 1
+        self.metrics.relations[origin.relation] += 1
         self._turn_number += 1
         turn_id = TurnId(f"{self._boot}-{self._turn_number:x}")
-        turn = Turn(
-            self,
-            turn_id,
-            client,
-            request=request,
-            tags=tags,
-            conversation=conversation,
-            relation=relation,
-            kept_bytes=kept_bytes,
-            mark=mark,
-            arrived_s=arrived_s,
-        )
+        turn = Turn(self, turn_id, client, request=request, origin=origin, arrived_s=arrived_s)
         self._turns[turn_id] = turn
         self._idle.clear()
         return turn
@@ -266,38 +240,6 @@ class Gateway:
             code=Reason.NO_ENGINE.value,
             retry_after_s=self.config.gateway.health_interval_s,
         )
-
-    def _identify(
-        self, request: TurnRequest, tags: Tags, mark: PrefixMark
-    ) -> tuple[Conversation, Relation]:
-        """The turn's conversation, and what its messages alone say of it."""
-        id, relation = tags.conversation, Relation.NEW
-        if id is not None:
-            branches = request.original is not None and request.original.branches
-            if branches and tags.source == PREVIOUS_RESPONSE:
-                tags.parent, id, relation = id, self.conversations.new_id(), Relation.FORK
-            return self._open(id, request, tags), relation
-        if self._lineage is None:
-            tags.source = "none"
-            return self._open(self.conversations.new_id(), request, tags), relation
-        tags.source = LINEAGE
-        match = self._lineage.match(request, mark, salt=f"{tags.tenant}\0{request.model}")
-        relation = match.relation
-        known = None if match.conversation is None else self.conversations.get(match.conversation)
-        if known is None or known.ended:
-            id, relation = self.conversations.new_id(), Relation.NEW
-        elif relation is Relation.FORK or (relation is Relation.REPLAY and known.running):
-            # The same words at the same time are another conversation, not a retry.
-            id, relation = self.conversations.new_id(), Relation.FORK
-            tags.parent = tags.parent or known.id
-        else:
-            id = known.id
-        conversation = self._open(id, request, tags)
-        self._lineage.remember(conversation.key, match)
-        return conversation, relation
-
-    def _open(self, id: str, request: TurnRequest, tags: Tags) -> Conversation:
-        return self.conversations.open(id, tags, model=request.model, source=tags.source)
 
     def note_finished(self, turn: Turn, place: Place, usage: Usage, cached_tokens: int) -> None:
         """A turn finished: remember what its conversation is now, check its cached tokens."""
@@ -333,11 +275,6 @@ class Gateway:
         """Whether a first turn's exact token ids may be needed."""
         return self._hands_over and bool(self.fleet.serving(Tier.PREFILL))
 
-    @property
-    def lineage_prompts(self) -> int:
-        """Prompts remembered to recognise conversations without an id by."""
-        return 0 if self._lineage is None else len(self._lineage)
-
     # --- conversations -----------------------------------------------------------------------
     def idle_conversation(self, conversation: Conversation) -> None:
         """Its agent has answered and waits for a person: others wait for tools meanwhile."""
@@ -347,12 +284,8 @@ class Gateway:
         """A conversation is over: its KV is freed once its running turns have ended."""
         self.conversations.end(conversation)
         self.runtime.handle(ConversationEnded(conversation=conversation.key))
-        self._forget_lineage(conversation)
+        self.attribution.forget(conversation)
         self.if_over(conversation)
-
-    def _forget_lineage(self, conversation: Conversation) -> None:
-        if self._lineage is not None:
-            self._lineage.forget(conversation.key)
 
     def if_over(self, conversation: Conversation) -> None:
         """Once a conversation has ended and none of its turns runs: clear the store."""
@@ -369,7 +302,7 @@ class Gateway:
     def _forgotten(self, conversation: Conversation) -> None:
         """Memory is full: what nobody remembers must not hold KV."""
         self.runtime.handle(ConversationEnded(conversation=conversation.key))
-        self._forget_lineage(conversation)
+        self.attribution.forget(conversation)
         if conversation.decoder is not None:  # parked there, perhaps
             self.sessions.release(conversation, conversation.decoder)
         self.sessions.end(conversation, self.fleet.serving())
@@ -386,7 +319,7 @@ class Gateway:
         self.sessions.release(conversation, decision.engine)
         if decision.reason is Reason.CONVERSATION_EXPIRED and not conversation.running:
             self.conversations.end(conversation)
-            self._forget_lineage(conversation)
+            self.attribution.forget(conversation)
             self.if_over(conversation)
 
     # --- engines -----------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class _GatewayCollector(Collector):
             family_h.add_metric([], histogram.buckets(), histogram.sum)
             yield family_h
         yield _gauge("open_conversations", "Open conversations", gateway.conversations.open_count)
-        yield _gauge("lineage_prompts", "Prompts remembered", gateway.lineage_prompts)
+        yield _gauge("lineage_prompts", "Prompts remembered", gateway.attribution.lineage_prompts)
         yield _gauge("stored_responses", "Of the Responses API", len(gateway.responses))
         yield _gauge("stored_responses_bytes", "Histories included", gateway.responses.bytes)
         yield _gauge("live_turns", "Turns arrived and not closed", gateway.runtime.live_turns)

@@ -24,7 +24,8 @@ from conserve_serving.core.types import EngineId, Outcome, Reason, TurnId
 from conserve_serving.energy.work import Tally
 from conserve_serving.engines.http_errors import EngineHttpError, ResponseTimeout
 from conserve_serving.gateway.attempt import Attempt, EngineAnsweredError
-from conserve_serving.gateway.conversations import Conversation, TurnSummary, Usage
+from conserve_serving.gateway.attribution import Origin
+from conserve_serving.gateway.conversations import TurnSummary, Usage
 from conserve_serving.gateway.errors import (
     ApiError,
     ContextLengthError,
@@ -34,8 +35,8 @@ from conserve_serving.gateway.errors import (
     UpstreamError,
 )
 from conserve_serving.gateway.handover import tokenize
-from conserve_serving.gateway.identity import Tags, scoped
-from conserve_serving.gateway.lineage import PrefixMark, Relation
+from conserve_serving.gateway.identity import scoped
+from conserve_serving.gateway.lineage import Relation
 from conserve_serving.gateway.relay import Client, conversation_headers
 from conserve_serving.gateway.request import TurnRequest
 
@@ -52,9 +53,7 @@ class Turn:
         gateway: everything shared.
         turn: the scheduler's name for it, new for every request.
         client: receives the answer.
-        request, tags, conversation: what was asked, by whom.
-        relation, kept_bytes: how its prompt stands to the conversation's previous one.
-        mark: what its own prompt will be remembered by.
+        request, origin: what was asked, by whom.
         arrived_s: when its body was complete (wall).
 
     Attributes:
@@ -71,28 +70,25 @@ class Turn:
         client: Client,
         *,
         request: TurnRequest,
-        tags: Tags,
-        conversation: Conversation,
-        relation: Relation,
-        kept_bytes: int,
-        mark: PrefixMark,
+        origin: Origin,
         arrived_s: float,
     ) -> None:
+        tags, conversation = origin.tags, origin.conversation
         self.gateway = gateway
         self.id = turn
         self.client = client
         self.request = request
         self.tags = tags
         self.conversation = conversation
-        self.mark = mark
-        self.index = conversation.turn_index(tags.turn_id, relation, tags.turn_index)
+        self.mark = origin.mark
+        self.index = conversation.turn_index(tags.turn_id, origin.relation, tags.turn_index)
         self.ids: list[int] | None = request.token_ids
         self.prompt_tokens = 0
         self.arrived_s = arrived_s
         self.waited_s = 0.0
         self.energy = Tally(conversation.energy)
-        self.relation = relation
-        self._kept_bytes = kept_bytes
+        self.relation = origin.relation
+        self._kept_bytes = origin.kept_bytes
         self._ttft_s: float | None = None
         self._place: Place | None = None
         self._attempt: Attempt | None = None

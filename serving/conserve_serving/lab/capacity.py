@@ -20,97 +20,25 @@ saturation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 from conserve_serving.core.types import EngineId, Tier
-from conserve_serving.engines.profile import HardwareProfile
 from conserve_serving.engines.steptime import StepTimes
-from conserve_serving.lab.clusters import ClusterSpec, LinkSpec
+from conserve_serving.lab.boards import LinkSpec
+from conserve_serving.lab.cluster_spec import ClusterSpec
+from conserve_serving.lab.demand import Demand
 from conserve_serving.lab.errors import LabError
-from conserve_serving.lab.workloads import Pool, WorkloadSpec
-from conserve_serving.simulator import SimulatedConversation, SimulatedEngine
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import WorkloadSpec
+from conserve_serving.simulator import SimulatedEngine
 
 #: Above this share of the link's capacity, transfers queue for as long as they take.
 LINK_SHARE: Final = 0.8
 #: Dedicated tiers must carry so much more than equal engines that host, to be worth their idling.
 EQUAL_TIERS_GAIN: Final = 1.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """A workload as its conversations' mean demands; made by :meth:`of`.
-
-    Attributes:
-        first_tokens: uncached tokens of the first prompt.
-        first_pairs: (query, key) pairs of computing it.
-        tail_turns: turns after the first.
-        tail_tokens: uncached tokens of all their prompts.
-        output_tokens: tokens generated, all turns.
-        decode_tokens: of them, those that a decode step makes: each answer's first comes from its
-            prompt.
-        context_read_tokens: KV that a decode step reads for a conversation, mean over steps.
-        context_held_tokens: KV that it holds meanwhile: prompt and the whole answer.
-        first_prompts, tail_prompts: ``(uncached, cached)`` tokens of every prompt in the sample.
-        conversations: in the sample.
-    """
-
-    first_tokens: float
-    first_pairs: float
-    tail_turns: float
-    tail_tokens: float
-    output_tokens: float
-    decode_tokens: float
-    context_read_tokens: float
-    context_held_tokens: float
-    first_prompts: tuple[tuple[int, int], ...]
-    tail_prompts: tuple[tuple[int, int], ...]
-    conversations: int
-
-    @classmethod
-    def of(cls, conversations: Iterable[SimulatedConversation]) -> Self:
-        """The demand of a sample. A shared prefix is taken as cached wherever it is needed.
-
-        Raises:
-            LabError: the sample is empty.
-        """
-        first: list[tuple[int, int]] = []
-        tail: list[tuple[int, int]] = []
-        output = decoded = read = held = 0.0
-        for conversation in conversations:
-            for index, turn in enumerate(conversation.turns):
-                kept = turn.prompt_tokens - turn.new_tokens
-                if index == 0:
-                    shared = conversation.shared_prefix[1] if conversation.shared_prefix else 0
-                    cached = max(kept, min(shared, turn.prompt_tokens - 1))
-                    first.append((turn.prompt_tokens - cached, cached))
-                elif turn.new_tokens:
-                    tail.append((turn.new_tokens, kept))
-                else:
-                    tail.append((1, kept - 1))  # an engine computes at least one token
-                steps = max(turn.output_tokens - 1, 0)
-                output += turn.output_tokens
-                decoded += steps
-                read += steps * (turn.prompt_tokens + turn.output_tokens / 2)
-                held += steps * (turn.prompt_tokens + turn.output_tokens)
-        if not first:
-            raise LabError("the sample has no conversation: give at least one")
-        count = len(first)
-        return cls(
-            first_tokens=sum(new for new, _ in first) / count,
-            first_pairs=sum(new * (cached + new / 2) for new, cached in first) / count,
-            tail_turns=len(tail) / count,
-            tail_tokens=sum(new for new, _ in tail) / count,
-            output_tokens=output / count,
-            decode_tokens=decoded / count,
-            context_read_tokens=read / decoded if decoded else 0.0,
-            context_held_tokens=held / decoded if decoded else 0.0,
-            first_prompts=tuple(first),
-            tail_prompts=tuple(tail),
-            conversations=count,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,36 +306,3 @@ def _rate(engines: Sequence[EngineCapacity], cost_s: Callable[[EngineCapacity], 
     if any(cost == 0.0 for cost in costs):
         return float("inf")
     return sum(1.0 / cost for cost in costs)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advantage:
-    """How many times as long an engine takes as a reference, phase by phase.
-
-    A tier is worth dedicating where its disadvantage is least: a strong engine should prefill for
-    others that are, relative to it, better at what remains.
-
-    Attributes:
-        prefill: a cold prompt of 8,192 tokens.
-        decode_alone: a decode step of one short request: weights, launches.
-        kv_read: what a decode step grows by per KV token read.
-    """
-
-    prefill: float
-    decode_alone: float
-    kv_read: float
-
-    @property
-    def favours_prefill(self) -> bool:
-        """Whether the reference is ahead by more in prefill than in both parts of decode."""
-        return self.prefill > max(self.decode_alone, self.kv_read)
-
-
-def advantage(profile: HardwareProfile, reference: HardwareProfile) -> Advantage:
-    """Slowdown of ``profile`` against ``reference``: above 1 where the reference is faster."""
-    one, other = profile.speeds(), reference.speeds()
-    return Advantage(
-        prefill=other.prefill_tokens_per_s / one.prefill_tokens_per_s,
-        decode_alone=one.decode_step_s / other.decode_step_s,
-        kv_read=one.decode_step_s_per_kv_token / other.decode_step_s_per_kv_token,
-    )

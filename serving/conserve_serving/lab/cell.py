@@ -19,12 +19,13 @@ from conserve_serving.core.scheduler import Scheduler
 from conserve_serving.core.types import Tier
 from conserve_serving.engines.power import reprice
 from conserve_serving.engines.profile import HardwareProfile
-from conserve_serving.lab.clusters import ClusterSpec
+from conserve_serving.lab.cluster_spec import ClusterSpec
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.metrics import RunMeter
+from conserve_serving.lab.pool import Pool
 from conserve_serving.lab.predictors import foretell
-from conserve_serving.lab.workloads import Pool, Split, WorkloadSpec
+from conserve_serving.lab.workloads import Split, WorkloadSpec
 from conserve_serving.replay.conversations import Conversation, Turn
 from conserve_serving.replay.ideal import IdealCluster, IdealLatency, ProfileCosts
 from conserve_serving.simulator import (

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from conserve_serving.lab.cuts import is_reset
-from conserve_serving.lab.workloads import Pool
+from conserve_serving.lab.pool import Pool
 from conserve_serving.replay.conversations import Conversation, Turn
 from conserve_serving.replay.latencies import distribution, percentile
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from conserve_serving.lab.cell import FORMAT, Cell, code_hash, run_cell, training_half
-from conserve_serving.lab.clusters import ClusterSpec
+from conserve_serving.lab.cluster_spec import ClusterSpec
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError, RunError
-from conserve_serving.lab.workloads import Pool, WorkloadSpec
+from conserve_serving.lab.pool import Pool
+from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.simulator.errors import SimulationError
 
 Row = dict[str, Any]

@@ -16,7 +16,8 @@ from typing import Final
 
 from conserve_serving.lab.capacity import cluster_capacity
 from conserve_serving.lab.cell import Cell
-from conserve_serving.lab.clusters import ClusterSpec, cluster
+from conserve_serving.lab.cluster_spec import ClusterSpec
+from conserve_serving.lab.clusters import cluster
 from conserve_serving.lab.contenders import contender
 from conserve_serving.lab.grid import Grid
 from conserve_serving.lab.workloads import WorkloadSpec

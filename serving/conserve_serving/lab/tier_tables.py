@@ -10,6 +10,7 @@ from conserve_serving.lab.report.document import Cell, Note, Table, Tone
 from conserve_serving.lab.report.reached import GOODPUTS, Goodput
 from conserve_serving.lab.report.rows import say_rate
 from conserve_serving.lab.stats import Estimate, Verdict
+from conserve_serving.lab.tier_findings import MARGIN, Finding
 from conserve_serving.lab.tier_text import (
     WORDS,
     change,
@@ -17,9 +18,9 @@ from conserve_serving.lab.tier_text import (
     plus_losses,
     summary,
     text,
-    three,
 )
-from conserve_serving.lab.tier_verdicts import MARGIN, METRICS, Against, Finding, SiteVerdict
+from conserve_serving.lab.tier_verdicts import METRICS, Against, SiteVerdict
+from conserve_serving.replay.report import format_number
 
 _TONES: Final = {
     Verdict.WIN: Tone.GOOD,
@@ -127,10 +128,11 @@ def _row(site: SiteVerdict) -> tuple[Cell, ...]:
 def _cell(found: Finding | None) -> Cell:
     if found is None:
         return Cell("–", Tone.SOFT)
+    ours, theirs = format_number(found.value), format_number(found.rival_value)
     return Cell(
         f"{found.ours} {WORDS[found.verdict]}, {change(found)}",
         _TONES[found.verdict],
-        detail=f"{three(found.value)} against {three(found.rival_value)}, {found.rival}",
+        detail=f"{ours} against {theirs}, {found.rival}",
     )
 
 
@@ -151,8 +153,10 @@ def _carried(found: Goodput | None) -> str:
     one = found.estimate
     if found.closed_start and not one.value:
         return "0"
-    interval = "" if math.isnan(one.low) else f" [{three(one.low)}, {three(one.high)}]"
-    return f"{'≥ ' if found.open_end else ''}{three(one.value)}{interval}"
+    interval = (
+        "" if math.isnan(one.low) else f" [{format_number(one.low)}, {format_number(one.high)}]"
+    )
+    return f"{'≥ ' if found.open_end else ''}{format_number(one.value)}{interval}"
 
 
 # --- plain data -----------------------------------------------------------------------------------

@@ -14,18 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from conserve_serving.engines.profile import load_profile
-from conserve_serving.lab.capacity import ClusterCapacity, advantage
+from conserve_serving.lab.advantage import advantage
+from conserve_serving.lab.capacity import ClusterCapacity
 from conserve_serving.lab.report.context import say_change, say_interval
 from conserve_serving.lab.report.metrics import METRICS as ALL_METRICS
 from conserve_serving.lab.report.rows import say_rate
 from conserve_serving.lab.stats import Verdict
-from conserve_serving.lab.tier_verdicts import (
-    BOTH,
-    MARGIN,
-    SLOS,
-    Finding,
-    SiteVerdict,
-)
+from conserve_serving.lab.tier_findings import BOTH, MARGIN, Finding
+from conserve_serving.lab.tier_verdicts import SLOS, SiteVerdict
+from conserve_serving.replay.report import format_number
 
 WORDS: Final = {
     Verdict.WIN: "wins",
@@ -62,8 +59,8 @@ def headline(site: SiteVerdict) -> str:
     said = [f"{name} {change(found)}" for name, found in site.best.items()]
     return (
         f"{main.ours} {WORDS[main.verdict]} against {main.rival}: {', '.join(reversed(said))} "
-        f"({'Gany' if 'Gany' in site.best else 'Gf'} {three(main.value)} against "
-        f"{three(main.rival_value)} conversations/s)."
+        f"({'Gany' if 'Gany' in site.best else 'Gf'} {format_number(main.value)} against "
+        f"{format_number(main.rival_value)} conversations/s)."
     )
 
 
@@ -110,13 +107,13 @@ def why(site: SiteVerdict) -> str:
 def _arithmetic(site: SiteVerdict, capacity: ClusterCapacity) -> str:
     dedicated, hosting = capacity.valve_per_s, capacity.hosting_per_s
     parts = (
-        f"prefill {three(capacity.prefill_per_s)}, tail and decode "
-        f"{three(capacity.decode_per_s)}, link {three(capacity.link_per_s)}"
+        f"prefill {format_number(capacity.prefill_per_s)}, tail and decode "
+        f"{format_number(capacity.decode_per_s)}, link {format_number(capacity.link_per_s)}"
     )
     sums = (
-        f"By arithmetic dedicated tiers carry {three(capacity.dedicated_per_s)}/s ({parts}), "
-        f"{three(dedicated)} with the decoders' spare time, everything everywhere "
-        f"{three(hosting)}"
+        f"By arithmetic dedicated tiers carry {format_number(capacity.dedicated_per_s)}/s "
+        f"({parts}), {format_number(dedicated)} with the decoders' spare time, "
+        f"everything everywhere {format_number(hosting)}"
     )
     bound = _PARTS[capacity.bottleneck]
     if capacity.dedicate:
@@ -192,7 +189,7 @@ def _misses(site: SiteVerdict) -> str:
             said.append(f"{label} misses most in {SLOS[worst]} ({_percent(missed[worst])})")
     misses = f"At {say_rate(max(site.loads))}/s {', '.join(said)}." if said else ""
     dips = [
-        f"{label} misses them at {three(low)}/s and keeps them at {three(high)}/s"
+        f"{label} misses them at {format_number(low)}/s and keeps them at {format_number(high)}/s"
         for label in dict.fromkeys((main.ours, "conserve_plus", main.rival))
         if label in site.dips
         for low, high in (site.dips[label],)
@@ -313,11 +310,6 @@ def certainty(sites: Sequence[SiteVerdict]) -> str:
         f"Intervals are over {said} paired seeds of each point; differences up to "
         f"{_percent(MARGIN)} are ties.{half}{few}"
     )
-
-
-def three(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}" if math.isfinite(value) else "no limit"
 
 
 def _percent(share: float) -> str:

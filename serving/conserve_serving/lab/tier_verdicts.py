@@ -1,8 +1,8 @@
 """Where conversation-level placement wins, ties or loses, and why: put together from the rows.
 
 *Ours* are ConServe's contenders, each under its own name; the best of them meets the best of the
-others, figure by figure. Choosing the best of several after the fact flatters both sides. A win or
-a loss needs an interval over paired seeds that excludes no difference, and one beyond ``MARGIN``.
+others, figure by figure (``tier_findings.py``). Choosing the best of several after the fact
+flatters both sides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from conserve_serving.lab.capacity import ClusterCapacity
 from conserve_serving.lab.cell import cell_from_json
-from conserve_serving.lab.clusters import ClusterSpec
+from conserve_serving.lab.cluster_spec import ClusterSpec
 from conserve_serving.lab.goodput import MISSES
 from conserve_serving.lab.report.carried import Capacities
 from conserve_serving.lab.report.context import Context
@@ -28,11 +28,9 @@ from conserve_serving.lab.report.metrics import (
 )
 from conserve_serving.lab.report.reached import GOODPUTS, Goodput, goodput
 from conserve_serving.lab.report.rows import Place, Rows
-from conserve_serving.lab.stats import Estimate, Verdict, difference, mean, ratio, verdict
+from conserve_serving.lab.tier_findings import Finding, finding, finding_of_goodputs
 from conserve_serving.lab.worth import compare
 
-#: Differences up to this share are ties: two runs of equal clusters differ by as much.
-MARGIN: Final = 0.05
 #: Latencies that have an SLO, by the rows' names, in words.
 SLOS: Final = {
     "ttfet": "TTFET",
@@ -40,33 +38,9 @@ SLOS: Final = {
     "last_turn_tbt": "last-turn TBT",
     "e2e": "E2E",
 }
-#: The bound of a finding in which neither found its end.
-BOTH: Final = "both carried every load that was run"
 #: A load that fails this far below one that passes is no noise of the search.
 DIP: Final = 0.8
 METRICS: Final[tuple[Metric, ...]] = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, TOKENS_PER_J)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One of ours against the best of the others in one figure.
-
-    Attributes:
-        ours, rival: labels.
-        value, rival_value: means over seeds.
-        ratio: ours over theirs, paired by seed; None where theirs is 0.
-        verdict: what that says.
-        bound: ``or more`` or ``or less`` where one of them kept the SLO at every load that was run,
-            ``BOTH`` where both did; else empty.
-    """
-
-    ours: str
-    rival: str
-    value: float
-    rival_value: float
-    ratio: Estimate | None
-    verdict: Verdict
-    bound: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +138,12 @@ def _site(context: Context, place: Place, capacities: Capacities) -> SiteVerdict
         ours = _most(goodputs, context.ours_at(place), name)
         if rival is None or ours is None:
             continue
-        found = _carried(ours, goodputs[ours][name], rival, goodputs[rival][name])
+        found = finding_of_goodputs(ours, goodputs[ours][name], rival, goodputs[rival][name])
         if found is None:
             continue
         best[name] = found
         for label in context.ours_at(place):
-            one = _carried(label, goodputs[label][name], rival, goodputs[rival][name])
+            one = finding_of_goodputs(label, goodputs[label][name], rival, goodputs[rival][name])
             if one is not None:
                 each[label] = one  # Gany, which comes last, counts
     rates = _common_rates(rows, place)
@@ -237,51 +211,6 @@ def _most(
     return max(scored, key=lambda label: scored[label]) if scored else None
 
 
-def _carried(ours: str, own: Goodput | None, rival: str, other: Goodput | None) -> Finding | None:
-    if own is None or other is None or not (own.estimate.value or other.estimate.value):
-        return None
-    found = _finding(ours, own.by_seed, rival, other.by_seed, higher_is_better=True)
-    if found is None or not (own.open_end or other.open_end):
-        return found
-    if own.open_end and other.open_end:
-        return replace(found, verdict=Verdict.TIE, bound=BOTH)
-    return replace(found, bound="or more" if own.open_end else "or less")
-
-
-def _finding(
-    ours: str,
-    own: Mapping[int, float],
-    rival: str,
-    other: Mapping[int, float],
-    *,
-    higher_is_better: bool,
-) -> Finding | None:
-    """Paired by seed; where some of theirs are 0, the difference over their mean."""
-    seeds = sorted(own.keys() & other.keys())
-    if not seeds:
-        return None
-    a, b = [own[seed] for seed in seeds], [other[seed] for seed in seeds]
-    mine, theirs = mean(a).value, mean(b).value
-    found: Estimate | None = None
-    if min(b) > 0:
-        found = ratio(a, b)
-    elif theirs > 0:
-        gap = difference(a, b)
-        found = Estimate(
-            value=1 + gap.value / theirs,
-            low=1 + gap.low / theirs,
-            high=1 + gap.high / theirs,
-            n=gap.n,
-        )
-    if found is None:
-        said = Verdict.WIN if mine > 0 and len(seeds) > 1 else Verdict.UNKNOWN
-    else:
-        said = verdict(found, higher_is_better=higher_is_better, margin=MARGIN)
-    return Finding(
-        ours=ours, rival=rival, value=mine, rival_value=theirs, ratio=found, verdict=said
-    )
-
-
 def _at(
     context: Context, place: Place, rate_per_s: float, ours: Sequence[str]
 ) -> dict[str, Finding]:
@@ -291,7 +220,7 @@ def _at(
         best = context.rows.best_rival(place, ours, rate_per_s, metric)
         if rival is None or best is None:
             continue
-        one = _finding(
+        one = finding(
             best,
             context.rows.values(place, best, rate_per_s, metric),
             rival,
@@ -366,7 +295,7 @@ def _against(context: Context, site: SiteVerdict, ours: str, other: SiteVerdict)
 
     def by(mine: float, its: float) -> Finding | None:
         """Both per unit of what they take; the ratio hangs on the two alone."""
-        return _finding(
+        return finding(
             ours,
             {seed: value / mine for seed, value in own.by_seed.items()},
             rival,
@@ -374,7 +303,7 @@ def _against(context: Context, site: SiteVerdict, ours: str, other: SiteVerdict)
             higher_is_better=True,
         )
 
-    as_is = _carried(ours, own, rival, theirs)
+    as_is = finding_of_goodputs(ours, own, rival, theirs)
     per_dollar = by(spec.dollars_per_hour, against.dollars_per_hour)
     per_rated_w = by(spec.rated_with_host_w, against.rated_with_host_w)
     if as_is is None or per_dollar is None or per_rated_w is None:

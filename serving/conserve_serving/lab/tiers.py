@@ -20,7 +20,8 @@ from typing import Final
 from conserve_serving.core.types import Tier
 from conserve_serving.lab.capacity import ClusterCapacity, cluster_capacity
 from conserve_serving.lab.cell import Cell
-from conserve_serving.lab.clusters import ClusterSpec, EngineGroup, cluster, list_clusters
+from conserve_serving.lab.cluster_spec import ClusterSpec, EngineGroup
+from conserve_serving.lab.clusters import cluster, list_clusters
 from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.goodput import GoodputSearch, Row, Target, at_rate, drive

@@ -22,7 +22,8 @@ from typing import Literal
 
 from conserve_serving.core.types import Tier
 from conserve_serving.engines.profile import load_profile
-from conserve_serving.lab.clusters import HOST_W_PER_GPU, ClusterSpec, EngineGroup, board_of
+from conserve_serving.lab.boards import board_of
+from conserve_serving.lab.cluster_spec import HOST_W_PER_GPU, ClusterSpec, EngineGroup
 from conserve_serving.lab.errors import ClusterError
 
 

@@ -94,15 +94,20 @@ def _svg(text: str) -> Markup:
 
 
 def format_number(value: object) -> str:
-    """A value as people read it; a dash for what is unknown."""
+    """A value as people read it: of what is no whole number, three significant digits.
+
+    A dash stands for what is unknown, ``no limit`` for infinity.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "no limit"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
         return f"{int(value):,}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(digits, 6)}f}"
+    exponent = int(f"{value:.2e}".rpartition("e")[2])  # of the rounded value: 9.996 is 10.0
+    return f"{value:,.{min(max(0, 2 - exponent), 6)}f}"
 
 
 def format_seconds(value: float | None) -> str:

@@ -56,7 +56,7 @@ class ResponsesApi:
         gateway = self._gateway
         arrived_s = gateway.wall()
         asked = parse_responses(request.body)
-        tenant = gateway.identity.tenant(request.headers)
+        tenant = gateway.attribution.tenant(request.headers)
         entry = self._continued(asked, tenant)
         history = None if entry is None else entry.history
         new = [_encoded(message) for message in asked.new]
@@ -153,7 +153,7 @@ class ResponsesApi:
         Raises:
             ApiError: it cannot be answered.
         """
-        tenant = self._gateway.identity.tenant(request.headers)
+        tenant = self._gateway.attribution.tenant(request.headers)
         match [request.method, *parts]:
             case ["GET", "responses", id]:
                 if b"stream=true" in request.query.lower():

@@ -8,11 +8,12 @@ from itertools import islice
 from typing import Final
 
 from conserve_serving.engines.errors import ProfileError
-from conserve_serving.lab.capacity import ClusterCapacity, Demand, capacity
+from conserve_serving.lab.capacity import ClusterCapacity, capacity
 from conserve_serving.lab.cell import cell_from_json
+from conserve_serving.lab.demand import Demand
 from conserve_serving.lab.errors import LabError
+from conserve_serving.lab.pool import Pool
 from conserve_serving.lab.report.rows import Rows
-from conserve_serving.lab.workloads import Pool
 from conserve_serving.replay.errors import ReplayError
 
 #: Conversations in the sample that stands for a workload.

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Final
 
 from conserve_serving.engines.profile import PARTS, Confidence
-from conserve_serving.lab.clusters import board_of
+from conserve_serving.lab.boards import board_of
 from conserve_serving.lab.contenders import ABOUT
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.report.context import Context

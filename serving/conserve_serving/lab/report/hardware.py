@@ -8,7 +8,7 @@ import msgspec
 
 from conserve_serving.engines.errors import ProfileError
 from conserve_serving.engines.profile import HardwareProfile, load_profile
-from conserve_serving.lab.clusters import ClusterSpec
+from conserve_serving.lab.cluster_spec import ClusterSpec
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.report.context import Context
 from conserve_serving.lab.report.rows import Place

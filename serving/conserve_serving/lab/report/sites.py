@@ -9,6 +9,7 @@ from conserve_serving.lab.report.context import Context, say
 from conserve_serving.lab.report.hardware import Hardware, hardware
 from conserve_serving.lab.report.reached import GOODPUTS, Goodput, goodput
 from conserve_serving.lab.report.rows import Place
+from conserve_serving.replay.report import format_number
 
 #: The load at which latencies are compared, as a share of the best policy's goodput.
 LOAD_SHARE: Final = 0.85
@@ -72,4 +73,4 @@ def per(found: Goodput, price: float | None, unit: float) -> str:
     """Goodput per ``unit`` of a price or a power; a dash where that is not known."""
     if not price:
         return "–"
-    return f"{unit * found.estimate.value / price:.3g}"
+    return format_number(unit * found.estimate.value / price)

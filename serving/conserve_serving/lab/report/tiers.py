@@ -33,6 +33,7 @@ from conserve_serving.lab.report.reached import GOODPUTS
 from conserve_serving.lab.report.rows import say_rate
 from conserve_serving.lab.report.sites import LOAD_SHARE, Site, per, say_goodput, site_of
 from conserve_serving.lab.report.style import colour
+from conserve_serving.replay.report import format_number
 
 _BOTTLENECKS: Final = {"decode": "tail and decode", "link": "the link"}
 _LATENCIES: Final = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, TOKENS_PER_J)
@@ -158,9 +159,10 @@ def why(context: Context, site: Site, ours: str, capacities: Capacities) -> str:
     found = capacities.get((site.place.cluster, site.place.workload))
     if found is not None:
         parts.append(
-            f"by arithmetic dedicated tiers carry {found.dedicated_per_s:.3g}/s, held by "
-            f"{_BOTTLENECKS.get(found.bottleneck, found.bottleneck)}; with everything everywhere "
-            f"it is {found.hosting_per_s:.3g}/s"
+            f"by arithmetic dedicated tiers carry {format_number(found.dedicated_per_s)}/s, "
+            f"held by {_BOTTLENECKS.get(found.bottleneck, found.bottleneck)}; "
+            "with everything everywhere "
+            f"it is {format_number(found.hosting_per_s)}/s"
         )
     busy = _busy(context, site, ours)
     if busy:
@@ -260,7 +262,7 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
             (
                 Cell(site.place.cluster),
                 Cell(workload),
-                *(Cell(_three(_part(found, f))) for _, f, _ in (*_PARTS, *_MARKS)),
+                *(Cell(format_number(_part(found, f))) for _, f, _ in (*_PARTS, *_MARKS)),
             )
             for site, found in counted
         ]
@@ -295,7 +297,3 @@ def _part(found: ClusterCapacity, field: str) -> float | None:
     """A capacity; None where the workload has none of that work."""
     value = float(getattr(found, field))
     return value if math.isfinite(value) else None
-
-
-def _three(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
