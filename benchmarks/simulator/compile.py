@@ -33,8 +33,11 @@ ENGINES = [
     "links",
     "model",
     "model_batch",
+    "model_closed",
     "model_counters",
     "model_desk",
+    "model_egress",
+    "model_steps",
     "steptime",
 ]
 SIMULATOR = ["agenda", "carrier", "cluster", "engines", "turns"]

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import enum
 import heapq
-import math
-from collections.abc import Callable
 
 from conserve_serving.engines.kv_nodes import Node
-from conserve_serving.engines.model_types import ModelRequest
-from conserve_serving.engines.steptime import StepTimes
+from conserve_serving.engines.model_types import ModelRequest, PrefillDone, RequestFinished
 
 
 class State(enum.IntEnum):
@@ -91,6 +88,35 @@ class Work:
         """Prompt tokens that were not computed, wherever they came from."""
         return self.cached_device + self.cached_host + self.cached_storage
 
+    @property
+    def queued_s(self) -> float:
+        """How long it waited for its first admission; 0 before that."""
+        return 0.0 if self.admitted_s is None else self.admitted_s - self.arrival_s
+
+    def prefill_done(self, at_s: float) -> PrefillDone:
+        """The event that its prompt's KV is complete."""
+        return PrefillDone(
+            rid=self.request.rid,
+            at_s=at_s,
+            prompt_tokens=self.request.prompt.tokens,
+            cached_device_tokens=self.cached_device,
+            cached_host_tokens=self.cached_host,
+            cached_storage_tokens=self.cached_storage,
+            queued_s=self.queued_s,
+        )
+
+    def finished(self, at_s: float) -> RequestFinished:
+        """The event that it is over, with all its tokens."""
+        return RequestFinished(
+            rid=self.request.rid,
+            at_s=at_s,
+            prompt_tokens=self.request.prompt.tokens,
+            output_tokens=self.request.output_tokens,
+            cached_tokens=self.cached_tokens,
+            queued_s=self.queued_s,
+            first_token_s=self.first_token_s,
+        )
+
 
 class WorkHeap:
     """Requests in one state, smallest key first.
@@ -158,21 +184,22 @@ class DecodeBatch:
         self._page_turns[(self.tick - work.fill_tokens) % self._page] += 1
         heapq.heappush(self._finish, (finish_tick, work.order, work.joined_tick, work))
 
-    def remove(self, work: Work) -> None:
+    def remove(self, work: Work) -> int:
         """Take a request out and settle its ``fill_tokens`` and ``emitted`` as of now.
 
         Afterwards ``fill_tokens`` is the KV it has, the newest token not included.
+
+        Returns:
+            KV for which it has pages, the step in progress included.
         """
+        allocated = work.fill_tokens + self._allocated_tick - work.joined_tick
         grown = self.tick - work.joined_tick
         self._page_turns[(work.joined_tick - work.fill_tokens) % self._page] -= 1
         del self.running[work]
         work.fill_tokens += grown
         work.emitted += grown
         self.kv_tokens -= work.fill_tokens
-
-    def allocated_kv_tokens(self, work: Work) -> int:
-        """KV for which a running request has pages, the step in progress included."""
-        return work.fill_tokens + self._allocated_tick - work.joined_tick
+        return allocated
 
     def pages_for_one(self) -> int:
         """Pages the batch starts in its next step."""
@@ -212,77 +239,3 @@ class DecodeBatch:
             if self._is_current(joined_tick, work):
                 done.append(work)
         return done
-
-
-def burst_limit(decode: DecodeBatch, free_pages: int) -> int:
-    """How many decode steps may run before the batch changes: until the first request has all its
-    tokens, or pages would have to be evicted. At least one; its pages are there."""
-    limit = decode.steps_to_finish()
-    if decode.pages_for(limit) > free_pages:
-        limit = _last_true(1, limit, lambda steps: decode.pages_for(steps) <= free_pages)
-    return limit
-
-
-def plan_burst(
-    decode: DecodeBatch, times: StepTimes, horizon_s: float, limit: int
-) -> tuple[int, float]:
-    """How many decode steps run together from now, and how long they take.
-
-    Steps go together up to ``limit``, or until one would begin at ``horizon_s`` from now or later.
-    At least one step.
-
-    Args:
-        decode: the batch, not empty.
-        times: step times, linear in the KV read for stretches at a time: their sums are exact.
-        horizon_s: seconds from now.
-        limit: at most so many steps, 1 or more.
-    """
-    batch = len(decode.running)
-    steps, duration_s = 0, 0.0
-    kv_tokens = decode.kv_tokens + batch
-    while steps < limit and (not steps or duration_s < horizon_s):
-        base_s, s_per_kv_token, until_kv_tokens = times.decode_line(batch, kv_tokens)
-        count = limit - steps
-        if kv_tokens + (count - 1) * batch > until_kv_tokens:
-            count = max(1, int((until_kv_tokens - kv_tokens) // batch) + 1)
-        first_s = base_s + s_per_kv_token * kv_tokens
-        grows_s = s_per_kv_token * batch
-        left_s = horizon_s - duration_s
-        if _sum_s(count - 1, first_s, grows_s) >= left_s:
-            count = _begun(left_s, first_s, grows_s)
-        duration_s += _sum_s(count, first_s, grows_s)
-        steps += count
-        kv_tokens += count * batch
-    return steps, duration_s
-
-
-def _sum_s(count: int, first_s: float, grows_s: float) -> float:
-    """Time of ``count`` steps of which the first takes ``first_s`` and each next more."""
-    return count * (first_s + grows_s * (count - 1) / 2)
-
-
-def _begun(left_s: float, first_s: float, grows_s: float) -> int:
-    """How many steps begin before ``left_s`` have passed; the first does in any case."""
-    if left_s <= 0.0:
-        return 1
-    count = left_s / first_s
-    if grows_s > 0.0:  # the root of count · first + grows · count · (count − 1) / 2 = left
-        half = first_s - grows_s / 2
-        count = (math.sqrt(half * half + 2 * grows_s * left_s) - half) / grows_s
-    begun = max(1, math.ceil(count))
-    while begun > 1 and _sum_s(begun - 1, first_s, grows_s) >= left_s:  # it was rounded
-        begun -= 1
-    while _sum_s(begun, first_s, grows_s) < left_s:
-        begun += 1
-    return begun
-
-
-def _last_true(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest n in [low, high] for which ``holds``; it holds at ``low`` and stops once."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -1,10 +1,32 @@
-"""What the engine model refuses before it queues anything."""
+"""What the engine model refuses: settings that cannot work, requests that could never run."""
 
 from __future__ import annotations
 
+from conserve_serving.engines.content import Prompt
 from conserve_serving.engines.errors import ModelError, RequestTooLargeError
 from conserve_serving.engines.model_types import ModelConfig, ModelRequest
 from conserve_serving.engines.profile import HardwareProfile
+
+
+def check_config(config: ModelConfig, *, capacity_tokens: int, chunk_tokens: int) -> None:
+    """Refuse a set-up under which nothing could run.
+
+    Args:
+        config: the engine's set-up.
+        capacity_tokens, chunk_tokens: of its KV pool and of a step; the profile's where
+            ``config`` leaves them open.
+
+    Raises:
+        ModelError: a setting is too small; the message names it.
+    """
+    for name, value in (
+        ("page_tokens", config.page_tokens),
+        ("max_running_requests", config.max_running_requests),
+        ("chunk_tokens", chunk_tokens),
+        ("kv_capacity_tokens", capacity_tokens // max(config.page_tokens, 1)),
+    ):
+        if value <= 0:
+            raise ModelError(f"{name} is too small: at least one page of one request must fit")
 
 
 def check_request(
@@ -48,4 +70,16 @@ def check_request(
         raise RequestTooLargeError(
             f"rid {rid!r}: prompt {prompt} + output {output} tokens exceed the KV pool of "
             f"{capacity_tokens} tokens: use a larger engine or shorten them"
+        )
+
+
+def check_context(request: ModelRequest, context: Prompt, config: ModelConfig) -> None:
+    """Refuse a context that cannot be that of a request in the engine.
+
+    Raises:
+        ModelError: it has other pages, or is shorter than the prompt it must begin with.
+    """
+    if context.page_tokens != config.page_tokens or context.tokens < request.prompt.tokens:
+        raise ModelError(
+            f"rid {request.rid!r}: context must extend the prompt in this engine's pages"
         )

@@ -1,9 +1,12 @@
-"""Sums the engine model keeps since its start."""
+"""Sums the engine model keeps since its start, and what it says of itself with them."""
 
 from __future__ import annotations
 
-from conserve_serving.engines.model_batch import Work
-from conserve_serving.engines.model_types import Step, StepCounters
+from conserve_serving.engines.kv import KvPool
+from conserve_serving.engines.model_batch import State, Work
+from conserve_serving.engines.model_desk import Desk
+from conserve_serving.engines.model_types import ModelStats, Step, StepCounters
+from conserve_serving.engines.power import EnergyMeter
 
 
 class Counters:
@@ -83,6 +86,20 @@ class Counters:
         self.cached_host_tokens += work.cached_host
         self.cached_storage_tokens += work.cached_storage
 
+    def abandoned(self, work: Work, chunk_tokens: int = 0) -> None:
+        """Count what has been computed of a prompt that will not be completed.
+
+        Args:
+            work: its request, where it was when that was decided.
+            chunk_tokens: of the prompt, what the step in progress computes.
+        """
+        if work.prefilled:
+            self.recomputed_tokens += chunk_tokens
+            return
+        self.abandoned_tokens += chunk_tokens
+        if work.state is State.READY:
+            self.abandoned_tokens += work.computed_tokens - work.cached_tokens
+
     def sums(self) -> tuple[int, float, int, float, int, int, float, int, int]:
         """What the scheduler's ``StepTimes`` reports, in the order of its fields."""
         return (
@@ -114,3 +131,34 @@ class Counters:
             mixed_prefill_tokens=self._mixed_prefill_tokens,
             mixed_batch_sum=self._mixed_batch_sum,
         )
+
+
+def read_stats(
+    now_s: float, pool: KvPool, desk: Desk, counters: Counters, energy: EnergyMeter
+) -> ModelStats:
+    """A reading of everything an engine has, as of ``now_s``."""
+    return ModelStats(
+        now_s=now_s,
+        capacity_tokens=pool.capacity_tokens,
+        used_tokens=pool.used_tokens,
+        evictable_tokens=pool.evictable_tokens,
+        available_tokens=pool.available_tokens,
+        host_capacity_tokens=pool.host_capacity_tokens,
+        host_used_tokens=pool.host_used_tokens,
+        running=desk.held[State.DECODING],
+        prefilling=desk.held[State.READY],
+        loading=desk.held[State.LOADING],
+        queued=desk.held[State.QUEUED],
+        queued_tokens=desk.queued_tokens,
+        open_sessions=len(pool.sessions.leaves),
+        finished_requests=counters.finished_requests,
+        aborted_requests=counters.aborted_requests,
+        retractions=counters.retractions,
+        cached_device_tokens=counters.cached_device_tokens,
+        cached_host_tokens=counters.cached_host_tokens,
+        cached_storage_tokens=counters.cached_storage_tokens,
+        stored_tokens=counters.stored_tokens,
+        dropped_tokens=pool.dropped_tokens_total,
+        counters=counters.reading(),
+        energy=energy.reading(),
+    )

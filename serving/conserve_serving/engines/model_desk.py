@@ -1,8 +1,21 @@
 """Which requests hold device KV, and which of their prompts run next.
 
 The desk knows every request in the engine. It queues, admits, brings cached KV in, hands out
-prompt chunks, and takes KV back when a request ends or is retracted. Its rules stand in
-``model.py``; when a step runs, and what comes of it, is the model's business.
+prompt chunks, and takes KV back when a request ends or is retracted. When a step runs, and what
+comes of it, is the model's business.
+
+Rules, those of SGLang 0.5.23 with ``--enable-mixed-chunk`` and priority scheduling:
+
+* The queue is ordered by priority, then arrival. Its head is admitted when the device has room for
+  its prompt and for the output reserve of everyone admitted; nobody overtakes a head that waits
+  for room. Larger than the pool is refused at ``submit``, so the head always fits an empty engine.
+* Admission takes the prompt's pages at once. Cached KV on the host, or in the hand-off store,
+  comes in over the host link first, and the request waits for it beside the batch.
+* A step computes prompt chunks within the token budget, a begun prompt first, and one token for
+  every running request. When pages for those run out, the newest running request is retracted; it
+  keeps its output and goes back to its place in the queue, and nobody is admitted until another
+  request ends. One request alone always has room, so something always ends.
+* KV of a finished or aborted request stays in the prefix tree as idle (evictable) KV.
 """
 
 from __future__ import annotations
