@@ -228,3 +228,39 @@ def test_the_step_at_that_time_runs_to_its_end() -> None:
     assert seconds.busy_s == pytest.approx(short.end_s)
     priced, counted = reprice(seconds, H100.power), model.stats().energy
     assert priced.total_j == pytest.approx(counted.total_j)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_abort_at_the_very_end_of_a_step_leaves_one_step(seed: int) -> None:
+    """The end as single steps add it up is rounded otherwise than that of steps together."""
+    dice = random.Random(seed)
+    prompts = [StreamPrompt([(name, 0, dice.randrange(20, 900))], 1) for name in "abcd"]
+
+    def decoding() -> EngineModel:
+        config = ModelConfig(page_tokens=1, token_events=False, kv_capacity_tokens=100_000)
+        model = EngineModel(H100, config)
+        for number, prompt in enumerate(prompts):
+            request = ModelRequest(rid=f"r{number}", prompt=prompt, output_tokens=200)
+            model.submit(request, now_s=0.0)
+        while model.running < len(prompts):
+            step = model.begin_step(now_s=0.0)
+            assert step is not None
+            model.end_step(now_s=step.end_s)
+        return model
+
+    single = decoding()
+    for _ in range(50):
+        step = single.begin_step(now_s=0.0)
+        assert step is not None
+        single.end_step(now_s=step.end_s)
+        together = decoding()
+        together.begin_step(now_s=0.0, until_s=math.inf)
+        together.abort("r0", now_s=step.end_s)
+        left = together.step
+        assert left is not None
+        assert left.steps == 1  # in the midst of two, the batch would change under the second
+        while left is not None:
+            together.end_step(now_s=left.end_s)
+            left = together.begin_step(now_s=0.0, until_s=math.inf)
+        assert problems(together.pool) == []
+        assert together.pool.private_tokens == 0

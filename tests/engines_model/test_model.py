@@ -297,8 +297,11 @@ def test_bad_requests_are_named(bad: dict[str, object], message: str) -> None:
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ModelError, match="page_tokens"):
         Driver(page_tokens=0)
-    with pytest.raises(ModelError, match="kv_capacity_tokens"):
-        Driver(kv_capacity_tokens=10)
+    for none in (0, 10):  # tokens: less than a page
+        with pytest.raises(ModelError, match="kv_capacity_tokens"):
+            Driver(kv_capacity_tokens=none)
+    with pytest.raises(ModelError, match="chunk_tokens"):
+        Driver(chunk_tokens=0)
 
 
 def test_order_of_calls_is_checked() -> None:
@@ -429,7 +432,7 @@ def test_a_request_of_a_closed_session_protects_nothing() -> None:
     driver.model.close_session("s", now_s=0.0)
     driver.model.open_session("s", now_s=0.0)  # another incarnation
     driver.run()
-    assert driver.model.pool.sessions.leaves == {"s": set()}
+    assert driver.model.pool.sessions.leaves == {"s": {}}
 
 
 def test_flush_drops_idle_kv_and_keeps_sessions_open() -> None:

@@ -102,7 +102,7 @@ class Sessions:
 
     def __init__(self, root: Node, changed: Callable[[Node], None]) -> None:
         """Args: the tree's root; ``changed`` is told of every node whose count has changed."""
-        self.leaves: dict[str, set[Node]] = {}
+        self.leaves: dict[str, dict[Node, None]] = {}  # in order: equal runs are equal
         self._root = root
         self._changed = changed
 
@@ -110,10 +110,10 @@ class Sessions:
         """Open a session; False when it is open already."""
         if session in self.leaves:
             return False
-        self.leaves[session] = set()
+        self.leaves[session] = {}
         return True
 
-    def close(self, session: str) -> set[Node] | None:
+    def close(self, session: str) -> dict[Node, None] | None:
         """Forget a session; the deepest nodes of its KV, or None when it was not open."""
         leaves = self.leaves.pop(session, None)
         for leaf in leaves or ():
@@ -131,7 +131,7 @@ class Sessions:
             above = above.parent
         self._count(node, 1, stop=above)
         if above in leaves:
-            leaves.discard(above)
+            del leaves[above]
             self._unmark(session, above)
         self._mark(session, node)
 
@@ -140,7 +140,7 @@ class Sessions:
         parent = node.parent
         for session in node.sessions or ():
             leaves = self.leaves[session]
-            leaves.discard(node)
+            leaves.pop(node, None)
             if parent is self._root:
                 continue
             if parent in leaves:  # counted for itself already: this branch's count goes
@@ -150,7 +150,7 @@ class Sessions:
         node.sessions = None
 
     def _mark(self, session: str, node: Node) -> None:
-        self.leaves[session].add(node)
+        self.leaves[session][node] = None
         if node.sessions is None:
             node.sessions = set()
         node.sessions.add(session)

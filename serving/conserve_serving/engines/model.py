@@ -52,9 +52,11 @@ class EngineModel:
         Raises:
             ModelError: a setting of ``config`` cannot work.
         """
-        capacity = config.kv_capacity_tokens or profile.kv_capacity_tokens
-        host = config.host_capacity_tokens
-        self._chunk_tokens = config.chunk_tokens or profile.chunk_tokens
+        capacity, host = config.kv_capacity_tokens, config.host_capacity_tokens
+        if capacity is None:
+            capacity = profile.kv_capacity_tokens
+        chunk = config.chunk_tokens
+        self._chunk_tokens = profile.chunk_tokens if chunk is None else chunk
         check_config(config, capacity_tokens=capacity, chunk_tokens=self._chunk_tokens)
         self.profile = profile
         self.config = config
@@ -119,8 +121,8 @@ class EngineModel:
         if work is None:
             return False
         self._advance(now_s)
+        self._cut(now_s)  # first: where a step ends just now, both must see the same
         self.settle(now_s=now_s)
-        self._cut(now_s)
         self.counters.aborted_requests += 1
         in_step = sum([tokens for other, tokens in self._chunks if other is work])
         self.counters.abandoned(work, in_step)

@@ -68,7 +68,7 @@ class Work:
         self.arrival_s = arrival_s
         self.state = State.QUEUED
         self.context = request.context
-        self.session: set[Node] | None = None
+        self.session: dict[Node, None] | None = None
         self.emitted = 0
         self.entry = 0
         self.fill_tokens = request.prompt.tokens

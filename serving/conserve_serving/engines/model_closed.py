@@ -20,10 +20,10 @@ class ClosedSessions:
     def __init__(self, pool: KvPool) -> None:
         """Args: where the KV is."""
         self._pool = pool
-        self._leaves: OrderedDict[str, set[Node]] = OrderedDict()
+        self._leaves: OrderedDict[str, dict[Node, None]] = OrderedDict()
         self._leaving: list[Node] = []  # what is to leave and still in use
 
-    def remember(self, session_id: str, leaves: set[Node]) -> None:
+    def remember(self, session_id: str, leaves: dict[Node, None]) -> None:
         """A session that has left KV behind was closed; the longest closed is forgotten for it."""
         self._leaves[session_id] = leaves
         self._leaves.move_to_end(session_id)
