@@ -189,7 +189,7 @@ def test_tables_have_the_statistics_of_the_rows() -> None:
             text += f"[{format_number(whole.low)}, {format_number(whole.high)}]"
             assert said[f"{rate:g}", label] == text
     change = ratio(p95s(rows, "conserve", 1.5), p95s(rows, "collocated", 1.5))
-    against = next(r[4] for r in parsed.rows if r[:2] == ["TTFET, p95", "collocated"])
+    against = next(r[3] for r in parsed.rows if r[:2] == ["TTFET, p95", "collocated"])
     assert f"{100 * (change.value - 1):+.1f} %".replace("-", "−") in against
     assert f"{100 * (change.low - 1):+.1f}, ".replace("-", "−") in against
 
@@ -211,6 +211,13 @@ def test_the_paper_s_figure_stands_beside_the_contender_of_that_name_only() -> N
     html = render(rows, title="t", sections=("bars",), paper=paper, rate_per_s=1.5).html
     told = {row[1]: row[3] for row in Page(html).rows if row[0] == "TTFET, p95"}
     assert told == {"conserve": "4.07", "conserve-hosting": "", "collocated": ""}
+    columns = ["metric", "policy", "ours", "paper", "conserve against it"]
+    assert Page(html).rows[0] == columns
+    html = render(rows, title="t", sections=("bars",), rate_per_s=1.5).html
+    assert Page(html).rows[0] == ["metric", "policy", "figure", "conserve against it"]
+    others = [row for row in rows if row["cell"]["contender"]["policy"] == "collocated"]
+    html = render(others, title="t", sections=("bars",)).html
+    assert Page(html).rows[0] == ["metric", "policy", "figure"]
 
 
 def test_one_load_is_marked_saturated_by_half_of_its_seeds() -> None:
@@ -225,6 +232,98 @@ def test_one_load_is_marked_saturated_by_half_of_its_seeds() -> None:
     assert hollow not in render(solid, title="t", sections=("curves",)).html
 
 
+# --- loads ----------------------------------------------------------------------------------------
+
+PER_TURN = ("per_turn_5_wrong", "per_turn_10_wrong")
+
+
+def labels_of(html: str) -> list[str]:
+    """Those of pictures at one load: of all but the curves."""
+    found = re.findall(r'<svg class="plot"[^>]* aria-label="([^"]*)"', html)
+    return [label for label in found if " against load, " not in label]
+
+
+def headings(html: str) -> list[str]:
+    return re.findall(r"<h3>(.*?)</h3>", html)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "at"), [(True, "at recorded arrivals"), (False, "at 1.5 conversations/s")]
+)
+def test_a_load_is_said_in_one_wording_in_titles_labels_tables_and_markdown(
+    recorded: bool, at: str
+) -> None:
+    rows = made.rows(("conserve", "collocated", *PER_TURN), (1.5,), 3)
+    rows += made.rows(("conserve", "collocated"), (1.5,), 3, mixed_slowdown=1.5)
+    if recorded:
+        rows = made.as_recorded(rows)
+    page = render(rows, title="t", capacities={})
+    found = labels_of(page.html)
+    assert len(found) == 5 + 3 + 3 + 2 + 2 + 1  # bars, swept, predictions, tornados, where, power
+    assert all(label.endswith(f" {at}") for label in found), found
+    titles = headings(page.html)
+    assert len(titles) == 6
+    assert all(title.endswith(f" {at}") or "Power" in title for title in titles), titles
+    name = "shop, 1,000 conversations, ≤ 5 turns" if recorded else "swebench, 1,000"
+    assert all(name in title or "Power" in title for title in titles)
+    assert f"on paper {at}</text>" in page.html  # the panel of the power model
+    assert f"{at}, against" in page.html  # the losses
+    for text in (page.html, page.markdown):
+        assert at in text
+        for wrong in ("as recorded/s", "as recorded conv", "recorded arrivals on paper at rec"):
+            assert wrong not in text
+        assert not re.search(r"\d/s", text)
+
+
+def test_panels_of_the_power_model_name_the_workload_where_a_cluster_has_several() -> None:
+    rows = made.rows(("conserve", "collocated"), (1.0,), 2)
+    rows += made.as_recorded(made.rows(("conserve", "collocated"), (1.0,), 2))
+    html = render(rows, title="t", sections=("sensitivity",)).html
+    assert "swebench on paper at 1 conversations/s</text>" in html
+    assert "shop on paper at recorded arrivals</text>" in html
+    far = made.cluster("32b-h100-3a100-kv80-of-somebody")
+    html = render(made.rows(rates=(1.634,), on=far), title="t", sections=("sensitivity",)).html
+    assert ">swebench on 32b-h100-3a100-kv80-of-somebody at 1.634</text>" in html
+    assert ">conversations/s</text>" in html  # below it: a picture is 400 px wide
+
+
+def test_recorded_arrivals_are_no_rate_of_a_curve_or_of_a_goodput() -> None:
+    rows = made.as_recorded(made.rows(("conserve", "collocated"), (1.0,), 3))
+    for rate in (1.0, 1.5):
+        one = made.as_recorded(made.rows(("conserve", "collocated"), (rate,), 3))
+        for row in one:
+            row["cell"]["workload"]["rate_per_s"] = rate
+            row["slo"]["all"] = 0.97 if rate < 1.5 else 0.5
+        rows += one
+        html = render(rows, title="t", sections=("curves", "tiers"), capacities={}).html
+        assert ("against load" in html) == (rate == 1.5)
+        assert ("at fewer than two rates" in html) == (rate == 1.0)
+    figures = [row for row in Page(html).rows if len(row) == 11 and row[1] == "conserve"]
+    assert [row[6].partition(",")[0] for row in figures] == ["1"]
+
+
+def test_seeds_of_recorded_arrivals_are_said_to_be_no_other_arrivals() -> None:
+    rows = made.as_recorded(made.rows(("conserve", "collocated"), (1.0,), 2))
+    said = "Recorded arrivals are the same under every seed"
+    html = render(rows, title="t", sections=("conditions",)).html
+    assert said in html
+    assert "12 are wanted" not in html  # more seeds would say no more
+    one = made.as_recorded(made.rows(("conserve", "collocated"), (1.0,), 1))
+    assert said not in render(one, title="t", sections=("conditions",)).html
+    drawn = render(made.rows(seeds=2), title="t", sections=("conditions",)).html
+    assert said not in drawn
+    assert "12 are wanted" in drawn
+
+
+def test_without_a_load_that_policies_meet_at_the_bars_say_so() -> None:
+    row = made.row()
+    row["cell"]["share_of_capacity"] = 0.5
+    html = render([row], title="t", sections=("bars",)).html
+    assert "No load of these rows is one that policies meet at" in html
+    html = render([made.row()], title="t", sections=("bars",), rate_per_s=3.0).html
+    assert "No row was run at 3 conversations/s." in html
+
+
 # --- what is missing ------------------------------------------------------------------------------
 
 
@@ -233,8 +332,8 @@ def test_one_load_is_marked_saturated_by_half_of_its_seeds() -> None:
 def test_few_seeds_and_loads_are_said_and_do_not_fail(seeds: int, rates: tuple[float]) -> None:
     html = render(made.rows(rates=rates, seeds=seeds), title="t", capacities={}).html
     assert "12 are wanted" in html
-    assert ("At one load only" in html) == (len(rates) == 1)
-    assert ("No goodput without two loads" in html) == (len(rates) == 1)
+    assert ("at fewer than two rates" in html) == (len(rates) == 1)
+    assert ("No goodput without two rates" in html) == (len(rates) == 1)
     assert ("no interval excludes anything" in html) == (seeds == 1)
 
 

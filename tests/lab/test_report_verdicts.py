@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +15,7 @@ import rows as made
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conserve_serving.lab.capacity import capacity
+from conserve_serving.lab.capacity import ClusterCapacity, capacity
 from conserve_serving.lab.cell import Cell as LabCell
 from conserve_serving.lab.cluster_spec import ClusterSpec
 from conserve_serving.lab.clusters import cluster
@@ -21,13 +23,14 @@ from conserve_serving.lab.contenders import contender
 from conserve_serving.lab.demand import Demand
 from conserve_serving.lab.pool import Pool
 from conserve_serving.lab.report import lines, losses, sensitivity, tiers
+from conserve_serving.lab.report.carried import carried
 from conserve_serving.lab.report.context import Context
 from conserve_serving.lab.report.document import Cell, Figure, Note, Section, Table, Tone
 from conserve_serving.lab.report.metrics import SLO_ALL
 from conserve_serving.lab.report.reached import crossing, goodput
 from conserve_serving.lab.report.rows import Rows, workload_name
 from conserve_serving.lab.stats import Verdict
-from conserve_serving.lab.workloads import WorkloadSpec
+from conserve_serving.lab.workloads import Arrivals, WorkloadSpec
 
 
 def planted(changes: dict[tuple[str, float], float], *, seeds: int = 6) -> Context:
@@ -228,6 +231,54 @@ def test_capacities_are_drawn_as_counted_and_named_in_the_reasons() -> None:
     ]
 
 
+def test_what_nothing_limits_is_said_so_in_the_table_and_in_the_picture() -> None:
+    context = Context.of(Rows(made.rows(("conserve", "collocated"), (1.0, 2.0), 2)))
+    place = context.rows.places()[0]
+    counted = ClusterCapacity(
+        prefill_per_s=3.0,
+        decode_per_s=math.inf,
+        link_per_s=math.inf,
+        dedicated_per_s=3.0,
+        bottleneck="prefill",
+        valve_per_s=3.0,
+        hosting_per_s=4.0,
+        engines=(),
+    )
+    section = tiers.section(context, {(place.cluster, place.workload): counted})
+    figure = next(block for block in section.blocks if isinstance(block, Figure))
+    assert figure.data is not None
+    told = [one.text for one in figure.data.rows[0]]
+    assert told[2:] == ["3", "no limit", "no limit", "3", "4"]
+    assert figure.panels[0].count("no limit →") == 2
+
+
+def test_parts_of_a_short_trace_with_recorded_arrivals_are_counted(tmp_path: Path) -> None:
+    trace = tmp_path / "shop.jsonl"
+    first = {"turn": 0, "input_tokens": 4000, "output_tokens": 1}
+    trace.write_text(
+        "".join(
+            json.dumps(first | {"conversation_id": str(n), "arrival_s": n}) + "\n" for n in range(3)
+        )
+    )
+    rows = []
+    for source in (trace, tmp_path / "gone.jsonl", tmp_path / "lost.jsonl"):
+        workload = WorkloadSpec(source=str(source), arrivals=Arrivals.RECORDED, rate_per_s=None)
+        cell = LabCell(cluster=cluster("paper"), contender=contender("conserve"), workload=workload)
+        row = made.row()
+        row["cell"] = cell.to_json()
+        rows.append(row)
+    context = Context.of(Rows(rows))
+    capacities, uncounted = carried(context.rows)
+    assert [workload for _, workload in capacities] == ["shop, recorded arrivals"]
+    assert math.isinf(capacities["paper", "shop, recorded arrivals"].decode_per_s)
+    notes = [
+        b.text for b in tiers.section(context, capacities, uncounted).blocks if isinstance(b, Note)
+    ]
+    said = next(text for text in notes if "could not be counted" in text)
+    assert "gone" in said and "lost" in said
+    assert ".;" not in said and said.endswith(".") and not said.endswith("..")
+
+
 # --- sensitivity ----------------------------------------------------------------------------------
 
 
@@ -266,6 +317,15 @@ def test_workloads_are_named_by_what_was_changed() -> None:
     assert workload_name(changed | {"split": "test", "arrivals": "bursty"}) == (
         "tau, gaps ≤ 2 s, test half, bursty arrivals"
     )
+
+
+def test_recorded_arrivals_are_named_once_with_their_load() -> None:
+    (row,) = made.as_recorded([made.row(shared_prefix="warm")])
+    (place,) = Rows([row]).places()
+    name = "shop, 1,000 conversations, ≤ 5 turns"
+    assert place.title == f"{name}, recorded arrivals, warm prefixes on paper"
+    assert place.at(0.0) == f"{name}, warm prefixes on paper at recorded arrivals"
+    assert place.at(1.634) == f"{place.title} at 1.634 conversations/s"
 
 
 # --- places of labels -----------------------------------------------------------------------------

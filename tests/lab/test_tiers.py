@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -230,6 +231,7 @@ def test_a_win_is_told_with_its_reason() -> None:
     assert "prefill 3, tail and decode 2, link 20" in said
     assert "a100-qwen3-8b takes 2.8 times as long as h100-qwen3-8b to prefill" in said
     assert "conserve_plus wins against collocated_speed" in said
+    assert re.search(r" At 2\.\d conversations/s (conserve|collocated_speed) misses most in ", said)
     assert "% of what conserve carries" in said
 
 
@@ -266,6 +268,8 @@ def test_every_loss_of_the_policy_to_be_used_is_listed() -> None:
     sites = judge({"conserve": 1.1, "conserve_plus": 0.7, "collocated_speed": 1.0})
     (lost,) = tier_text.plus_losses(sites)
     assert "mixed" in lost and "goodput −3" in lost and "TTFET, p95 +" in lost
+    assert " against collocated_speed at 1.1 conversations/s" in lost
+    assert not re.search(r"\d/s", lost)
     said = " ".join(tier_text.summary(sites))
     assert "conserve_plus alone, on unlike tiers: wins 0, ties 0, losses 1" in said
     even = judge(dict.fromkeys(LABELS, 1.0))

@@ -18,7 +18,7 @@ from conserve_serving.lab.advantage import advantage
 from conserve_serving.lab.capacity import ClusterCapacity
 from conserve_serving.lab.report.context import say_change, say_interval
 from conserve_serving.lab.report.metrics import METRICS as ALL_METRICS
-from conserve_serving.lab.report.rows import say_rate
+from conserve_serving.lab.report.rows import at_load
 from conserve_serving.lab.stats import Verdict
 from conserve_serving.lab.tier_findings import BOTH, MARGIN, Finding
 from conserve_serving.lab.tier_verdicts import SLOS, SiteVerdict
@@ -187,7 +187,7 @@ def _misses(site: SiteVerdict) -> str:
         if missed and max(missed.values()) > 0:
             worst = max(missed, key=lambda name: missed[name])
             said.append(f"{label} misses most in {SLOS[worst]} ({_percent(missed[worst])})")
-    misses = f"At {say_rate(max(site.loads))}/s {', '.join(said)}." if said else ""
+    misses = f"{at_load(max(site.loads)).capitalize()} {', '.join(said)}." if said else ""
     dips = [
         f"{label} misses them at {format_number(low)}/s and keeps them at {format_number(high)}/s"
         for label in dict.fromkeys((main.ours, "conserve_plus", main.rival))
@@ -279,7 +279,7 @@ def plus_losses(sites: Iterable[SiteVerdict]) -> list[str]:
         for rate, metrics in site.plus.items():
             parts += [
                 f"{ALL_METRICS[name].title} {_change_alone(loss)} against {loss.rival} "
-                f"at {say_rate(rate)}/s"
+                f"{at_load(rate)}"
                 for name, loss in metrics.items()
                 if loss.verdict is Verdict.LOSS
             ]

@@ -18,7 +18,7 @@ from conserve_serving.lab.report.metrics import (
     TOKENS_PER_J_LOW,
     TTFET,
 )
-from conserve_serving.lab.report.rows import Place, say_rate
+from conserve_serving.lab.report.rows import Place
 from conserve_serving.lab.stats import Estimate
 
 #: What sensitivities are shown of.
@@ -83,13 +83,12 @@ def prediction(context: Context) -> Iterator[Figure]:
                     title=metric.title,
                     unit=metric.unit,
                     log=metric.log,
-                    label=f"{metric.title} by predictor, {place.title}, {rate:g}/s",
+                    label=f"{metric.title} by predictor, {place.at(rate)}",
                 )
             )
     if drawn:
         yield Figure(
-            title=f"What a wrong prediction costs: {place.title} at {say_rate(rate)} "
-            "conversations/s",
+            title=f"What a wrong prediction costs: {place.at(rate)}",
             help="Placement turn by turn with better and worse predictions. ConServe predicts "
             "nothing.",
             panels=tuple(drawn),
@@ -128,7 +127,7 @@ def power(context: Context, places: Sequence[Place]) -> list[Figure]:
             )
             rows.append(
                 (
-                    Cell(place.title, detail=f"at {say_rate(rate)}/s"),
+                    Cell(place.at(rate)),
                     strong(label, label in ours),
                     *(Cell(say(level)) for level in levels),
                     *(
@@ -143,9 +142,9 @@ def power(context: Context, places: Sequence[Place]) -> list[Figure]:
             drawn.append(
                 pictures.bars(
                     bars,
-                    title=f"{place.cluster} at {say_rate(rate)}/s",
+                    title=place.briefly_at(rate),
                     log=False,
-                    label=f"Tokens per joule by power model, {place.title}, {rate:g}/s",
+                    label=f"Tokens per joule by power model, {place.at(rate)}",
                 )
             )
     if not drawn:

@@ -27,7 +27,7 @@ from conserve_serving.lab.report.metrics import (
     TOKENS_PER_J,
     TTFET,
 )
-from conserve_serving.lab.report.rows import Place, say_rate
+from conserve_serving.lab.report.rows import Place, at_load
 
 MAX_PLACES: Final = 4
 _SHOWN: Final = (TTFET, FIRST_TURN_TTFT, LAST_TURN_TBT, E2E, TOKENS_PER_J)
@@ -50,14 +50,22 @@ def section(context: Context, *, paper: Sequence[PaperValue] = ()) -> Section:
             blocks += _traffic(context, place, rate)
             shown += 1
     if not blocks:
-        wanted = "" if context.rate_per_s is None else say_rate(context.rate_per_s)
-        blocks = [Note(f"No row has the load {wanted} conversations/s.", missing=True)]
+        blocks = [Note(_nothing(context), missing=True)]
     return Section(
         id="bars",
         title="At one load",
         help="Mean over seeds; the line is its 95 % interval. Hollow bars are saturated."
         + (" The red tick is the paper's figure, read from its plots." if paper else ""),
         blocks=tuple(blocks),
+    )
+
+
+def _nothing(context: Context) -> str:
+    if context.rate_per_s is not None:
+        return f"No row was run {at_load(context.rate_per_s)}."
+    return (
+        "No load of these rows is one that policies meet at: each is of a search, or a share of a "
+        "policy's own capacity."
     )
 
 
@@ -141,6 +149,7 @@ def _figure(
         for value in paper
         if value.metric in METRICS and abs(value.rate_per_s - rate_per_s) < 1e-6
     }
+    own = context.ours_at(place)[:1]
     drawn, rows = [], []
     for metric in _SHOWN:
         bars = []
@@ -160,19 +169,20 @@ def _figure(
                     tick=tick,
                 )
             )
-            own = context.ours_at(place)
-            against = (
-                Cell("")
-                if not own or label in context.ours
-                else verdict_cell(context.rows.compare(place, own[0], label, rate_per_s, metric))
-            )
             rows.append(
                 (
                     Cell(metric.title),
                     strong(label, label in context.ours),
                     Cell(say(estimate, metric.unit)),
-                    Cell("" if tick is None else f"{tick:g}"),
-                    against,
+                    *((Cell("" if tick is None else f"{tick:g}"),) if ticks else ()),
+                    *(
+                        Cell("")
+                        if label in context.ours
+                        else verdict_cell(
+                            context.rows.compare(place, one, label, rate_per_s, metric)
+                        )
+                        for one in own
+                    ),
                 )
             )
         if bars:
@@ -182,21 +192,19 @@ def _figure(
                     title=metric.title,
                     unit=metric.unit,
                     log=metric.log,
-                    label=f"{metric.title} of each policy, {place.title}, {rate_per_s:g}/s",
+                    label=f"{metric.title} of each policy, {place.at(rate_per_s)}",
                 )
             )
-    first = context.ours_at(place)[:1]
     return Figure(
-        title=f"{place.title} at {say_rate(rate_per_s)} conversations/s",
+        title=place.at(rate_per_s),
         help=str(place.setting),
         panels=tuple(drawn),
         data=Table(
             columns=(
                 "metric",
                 "policy",
-                "ours",
-                "paper",
-                f"{first[0]} against it" if first else "",
+                *(("ours", "paper") if ticks else ("figure",)),
+                *(f"{one} against it" for one in own),
             ),
             rows=tuple(rows),
             texts=frozenset({"policy"}),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -14,6 +16,9 @@ from conserve_serving.lab.report.lines import CHARACTER_PX, log_ticks
 from conserve_serving.lab.report.style import colour
 from conserve_serving.lab.stats import Estimate
 from conserve_serving.replay.report import format_number
+
+#: Characters of a heading that have room above a panel of bars.
+_HEADING: Final = 54
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +35,11 @@ class Bar:
 
 def bars(drawn: Sequence[Bar], *, title: str, label: str, log: bool, unit: str = "") -> str:
     """Horizontal bars with intervals, and the paper's figures as ticks."""
-    height = 46 + 20 * len(drawn)
     left_px = 16 + 1.15 * CHARACTER_PX * max(len(bar.name) for bar in drawn)
-    with svg.axes(400, height) as (figure, axes):
-        svg.place(figure, left=left_px, right=46, top=28, bottom=20)
+    heading = textwrap.wrap(f"{title}{f', {unit}' if unit else ''}", _HEADING)
+    top_px = 13 + 15 * len(heading)
+    with svg.axes(400, top_px + 18 + 20 * len(drawn)) as (figure, axes):
+        svg.place(figure, left=left_px, right=46, top=top_px, bottom=20)
         values = [bar.value.value for bar in drawn] + [b.tick for b in drawn if b.tick is not None]
         logarithmic = log and min(values) > 0 and max(values) > 12 * min(values)
         left = 0.0
@@ -62,8 +68,7 @@ def bars(drawn: Sequence[Bar], *, title: str, label: str, log: bool, unit: str =
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
         scale = " (log)" if logarithmic else ""
-        heading = f"{title}{f', {unit}' if unit else ''}{scale}"
-        axes.set_title(heading, x=(4 - left_px) / (400 - 46 - left_px))
+        axes.set_title("\n".join(heading) + scale, x=(4 - left_px) / (400 - 46 - left_px))
         return svg.to_svg(figure, label=label)
 
 
@@ -188,7 +193,9 @@ def tornado(
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(axis="both", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−")))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0")
+        )
         axes.set_title(title, x=(4 - left_px) / (560 - 20 - left_px))
         return svg.to_svg(figure, label=label)
 
@@ -229,11 +236,14 @@ def _sides(left: float, right: float) -> list[tuple[float, float, int]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Bars of one thing, side by side: (value, colour); None: unknown. ``mark`` is a line."""
+    """Bars of one thing, side by side: (value, colour), infinite where nothing limits it.
+
+    A ``mark`` is a line across them.
+    """
 
     name: str
-    values: tuple[tuple[float | None, str], ...]
-    marks: tuple[tuple[float | None, str], ...] = ()
+    values: tuple[tuple[float, str], ...]
+    marks: tuple[tuple[float, str], ...] = ()
 
 
 def groups(drawn: Sequence[Group], *, title: str, label: str, cut: float) -> str:
@@ -242,32 +252,30 @@ def groups(drawn: Sequence[Group], *, title: str, label: str, cut: float) -> str
     Args:
         drawn: the groups.
         title, label: as everywhere.
-        cut: bars that are longer end here, with an arrow.
+        cut: bars that are longer end here, with an arrow; finite.
     """
     with svg.axes(520, 48 + 46 * len(drawn)) as (figure, axes):
         svg.place(figure, left=132, right=44, top=28, bottom=22)
         everything = [v for one in drawn for v, _ in (*one.values, *one.marks)]
-        longest = max((value for value in everything if value is not None), default=0.0)
-        highest = min(longest, cut) or 1.0
+        highest = min(max(everything, default=0.0), cut) or 1.0
         for number, group in enumerate(drawn):
             height = 0.72 / max(1, len(group.values))
             for place, (value, hue) in enumerate(group.values):
                 at = number - 0.36 + (place + 0.5) * height
-                axes.barh(at, min(value or 0.0, highest), height=height * 0.88, color=hue)
-                if value is not None:
-                    inside = value > 0.12 * highest
-                    axes.annotate(
-                        format_number(value) + (" →" if value > highest else ""),
-                        xy=(0.0 if inside else value, at),
-                        xytext=(4, 0),
-                        textcoords="offset points",
-                        va="center_baseline",
-                        fontsize=8.5,
-                        color=colour("bg" if inside else "fg"),
-                        annotation_clip=False,
-                    )
+                axes.barh(at, min(value, highest), height=height * 0.88, color=hue)
+                inside = value > 0.12 * highest
+                axes.annotate(
+                    format_number(value) + (" →" if value > highest else ""),
+                    xy=(0.0 if inside else value, at),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center_baseline",
+                    fontsize=8.5,
+                    color=colour("bg" if inside else "fg"),
+                    annotation_clip=False,
+                )
             for value, hue in group.marks:
-                if value is not None:
+                if math.isfinite(value):
                     axes.plot(
                         [value, value], [number - 0.42, number + 0.42], color=hue, linewidth=2.2
                     )

@@ -14,6 +14,7 @@ from conserve_serving.lab.demand import Demand
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.pool import Pool
 from conserve_serving.lab.report.rows import Rows
+from conserve_serving.lab.workloads import Arrivals
 from conserve_serving.replay.errors import ReplayError
 
 #: Conversations in the sample that stands for a workload.
@@ -43,7 +44,8 @@ def carried(rows: Rows) -> tuple[Capacities, dict[str, str]]:
             if spec.max_context_tokens is None:  # cut to what the engines hold: the row says where
                 cut = (raw.get("workload") or {}).get("max_context_tokens")
                 spec = replace(spec, max_context_tokens=cut)
-            spec = replace(spec, conversations=SAMPLE)
+            if spec.arrivals is not Arrivals.RECORDED:  # those are as many as the trace has
+                spec = replace(spec, conversations=SAMPLE)
             demand = Demand.of(islice(Pool.load(spec).stream(spec), SAMPLE))
             engines = cell.cluster.engines(mixed_slowdown=cell.mixed_slowdown, link=cell.link)
             found[place.cluster, place.workload] = capacity(engines, demand)

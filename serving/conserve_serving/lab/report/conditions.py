@@ -104,12 +104,20 @@ def section(context: Context, given: Sequence[Condition]) -> Section:
 
 def _warnings(context: Context) -> Iterator[Note]:
     rows = context.rows.all
-    seeds = min(context.rows.seeds(place) for place in context.rows.places())
+    recorded = {row.place for row in rows if row.recorded}
+    drawn = [place for place in context.rows.places() if place not in recorded]
+    seeds = min((context.rows.seeds(place) for place in drawn), default=_FEW_SEEDS)
     least = min(int(row.raw.get("conversations") or 0) for row in rows)
     if seeds < _FEW_SEEDS:
         yield Note(
             f"Some places have {_count(seeds, 'seed')} only; {_FEW_SEEDS} are wanted for intervals "
             "to be believed.",
+            missing=True,
+        )
+    if any(context.rows.seeds(place) > 1 for place in recorded):
+        yield Note(
+            "Recorded arrivals are the same under every seed, and so are the conversations: an "
+            "interval over seeds is narrow there, however much another day's trace would change.",
             missing=True,
         )
     if least < _FEW_CONVERSATIONS:

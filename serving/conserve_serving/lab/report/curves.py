@@ -21,9 +21,9 @@ MAX_PLACES: Final = 8
 
 
 def section(context: Context) -> Section:
-    """Curves of every place that was run at two loads or more."""
+    """Curves of every place that was run at two rates or more."""
     places = context.rows.main_places()
-    loaded = [place for place in places if len(context.rows.rates(place)) > 1]
+    loaded = [place for place in places if len(_rates(context, place)) > 1]
     blocks: list[Block] = []
     for place in loaded[:MAX_PLACES]:
         blocks += _figures(context, place)
@@ -34,7 +34,10 @@ def section(context: Context) -> Section:
     single = [place.title for place in places if place not in loaded]
     if single:
         blocks.append(
-            Note(f"At one load only, so that there is no curve: {'; '.join(single)}.", missing=True)
+            Note(
+                f"Run at fewer than two rates, so that there is no curve: {'; '.join(single)}.",
+                missing=True,
+            )
         )
     return Section(
         id="curves",
@@ -46,11 +49,14 @@ def section(context: Context) -> Section:
     )
 
 
+def _rates(context: Context, place: Place, contender: str | None = None) -> list[float]:
+    """Loads that have a place on an axis: what arrives as recorded has no rate."""
+    return [rate for rate in context.rows.rates(place, contender) if rate]
+
+
 def _chunks(context: Context, place: Place) -> Iterator[list[str]]:
     several = [
-        label
-        for label in context.rows.contenders(place)
-        if len(context.rows.rates(place, label)) > 1
+        label for label in context.rows.contenders(place) if len(_rates(context, place, label)) > 1
     ]
     ours = [label for label in several if label in context.ours]
     others = [label for label in several if label not in ours]
@@ -66,6 +72,7 @@ def _figures(context: Context, place: Place) -> Iterator[Figure | Note]:
     drawn_labels = [label for chunk in chunks for label in chunk]
     once = [label for label in context.rows.contenders(place) if label not in drawn_labels]
     for number, labels in enumerate(chunks, 1):
+        of = f" ({number} of {len(chunks)})" if len(chunks) > 1 else ""
         drawn = [
             pictures.lines(
                 lines,
@@ -73,7 +80,7 @@ def _figures(context: Context, place: Place) -> Iterator[Figure | Note]:
                 + (f", {metric.unit}" if metric.unit not in {"", "share"} else ""),
                 x_label="conversations per second",
                 log=metric.log,
-                label=f"{metric.title} against load, {place.title}, {place.setting}, {number}",
+                label=f"{metric.title} against load, {place.title}{of}, {place.setting}",
                 share=metric.unit == "share",
             )
             for metric in HEADLINE
@@ -83,11 +90,10 @@ def _figures(context: Context, place: Place) -> Iterator[Figure | Note]:
             yield Note(f"{place.title}: no row has a figure to draw.", missing=True)
             return
         missing = [m.title for m in HEADLINE if not _lines(context, place, labels, m)]
-        of = f" ({number} of {len(chunks)})" if len(chunks) > 1 else ""
         yield Figure(
             title=f"{place.title}{of}",
             help=f"{place.setting}; {_seeds(context, place)}."
-            + (f" At one load only, so not here: {', '.join(once)}." if once else "")
+            + (f" Run at fewer than two rates, so not here: {', '.join(once)}." if once else "")
             + (f" Not in the rows: {', '.join(missing)}." if missing else ""),
             panels=tuple(drawn),
             legend=context.legend(labels),
@@ -104,9 +110,9 @@ def _lines(context: Context, place: Place, labels: Sequence[str], metric: Metric
     lines = []
     for label in labels:
         points = []
-        for rate in context.rows.rates(place, label):
+        for rate in _rates(context, place, label):
             estimate = context.rows.estimate(place, label, rate, metric)
-            if estimate is not None and rate:
+            if estimate is not None:
                 hollow = is_saturated(context, place, label, rate)
                 points.append(Point(x=rate, y=estimate, hollow=hollow))
         if points:

@@ -9,7 +9,7 @@ from conserve_serving.lab.report.context import Context, say, say_change, say_in
 from conserve_serving.lab.report.curves import is_saturated
 from conserve_serving.lab.report.document import Block, Cell, Note, Section, Table, Tile, Tone
 from conserve_serving.lab.report.metrics import HEADLINE, Metric
-from conserve_serving.lab.report.rows import Comparison, Place, say_rate
+from conserve_serving.lab.report.rows import Comparison, Place, at_load, say_rate
 from conserve_serving.lab.stats import MARGIN, Verdict
 
 
@@ -146,7 +146,7 @@ def _loads(met: list[Meeting]) -> Cell:
         return Cell(
             f"{len(lost)} of {len(met)}: {say_change(worst.comparison.ratio)}",
             Tone.BAD,
-            f"at {say_rate(worst.rate_per_s)}/s, against {worst.comparison.rival}",
+            f"{at_load(worst.rate_per_s)}, against {worst.comparison.rival}",
         )
     if all(one.comparison.verdict is Verdict.UNKNOWN for one in met):
         return Cell("one seed", Tone.SOFT)

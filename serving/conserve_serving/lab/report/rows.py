@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Final
 
@@ -14,6 +14,8 @@ from conserve_serving.lab.stats import Estimate, Verdict, mean, ratio, verdict
 
 #: What a cell is called that runs on each profile's own hand-off link.
 OWN_LINK: Final = "own"
+#: What a workload's name has where arrivals are the trace's own.
+RECORDED: Final = "recorded arrivals"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -41,8 +43,13 @@ def say_interference(mixed_slowdown: float) -> str:
 
 
 def say_rate(rate_per_s: float) -> str:
-    """An arrival rate; 0 stands for arrivals as recorded."""
+    """An arrival rate for a column of them; 0 stands for arrivals as recorded."""
     return f"{rate_per_s:g}" if rate_per_s else "as recorded"
+
+
+def at_load(rate_per_s: float) -> str:
+    """At which load, within a sentence, a heading or a label; 0 as in :func:`say_rate`."""
+    return f"at {rate_per_s:g} conversations/s" if rate_per_s else f"at {RECORDED}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,17 @@ class Place:
     def title(self) -> str:
         """For headings."""
         return f"{self.workload} on {self.cluster}"
+
+    def at(self, rate_per_s: float) -> str:
+        """For headings and labels of one load; that arrivals are as recorded is said once."""
+        if rate_per_s:
+            return f"{self.title} {at_load(rate_per_s)}"
+        other = replace(self, workload=self.workload.replace(f", {RECORDED}", ""))
+        return f"{other.title} {at_load(rate_per_s)}"
+
+    def briefly_at(self, rate_per_s: float) -> str:
+        """The same where there is little room: of the workload its source alone."""
+        return f"{self.workload.partition(',')[0]} on {self.cluster} {at_load(rate_per_s)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +93,11 @@ class Row:
     def saturated(self) -> bool:
         """Conversations came faster than they were finished."""
         return bool(self.raw.get("saturated", False))
+
+    @property
+    def recorded(self) -> bool:
+        """Conversations and their pattern of arrivals are the trace's, whatever the seed."""
+        return bool(self.raw["cell"]["workload"].get("arrivals") == "recorded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

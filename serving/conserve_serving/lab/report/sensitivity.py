@@ -20,7 +20,7 @@ from conserve_serving.lab.report.metrics import (
     TTFET,
     Metric,
 )
-from conserve_serving.lab.report.rows import Place, Setting, say_interference, say_rate
+from conserve_serving.lab.report.rows import Place, Setting, say_interference
 
 _POWER_NAME: Final = "power model"
 
@@ -149,14 +149,13 @@ def _swept(context: Context, place: Place, axis: Axis) -> Iterator[Figure]:
                     x_label=axis.name,
                     log=metric.log,
                     ticks=[(float(x), axis.say(o.setting)) for x, o in enumerate(along)],
-                    label=f"{metric.title} against {axis.name}, {place.title}, {rate:g}/s",
+                    label=f"{metric.title} against {axis.name}, {place.at(rate)}",
                 )
             )
     if not drawn:
         return
     yield Figure(
-        title=f"{axis.name[0].upper()}{axis.name[1:]}: {place.title} at {say_rate(rate)} "
-        "conversations/s",
+        title=f"{axis.name[0].upper()}{axis.name[1:]}: {place.at(rate)}",
         panels=tuple(drawn),
         legend=context.legend(labels),
         data=_table(context, along, labels, axis, rate),
@@ -234,12 +233,12 @@ def _tornados(context: Context, place: Place) -> Iterator[Figure]:
                     base=100 * (base.ratio.value - 1),
                     title=f"{metric.title}: {ours[0]} against {base.rival}, %",
                     lower_is_better=metric.lower_is_better,
-                    label=f"What moves {metric.title}, {place.title}, {rate:g}/s",
+                    label=f"What moves {metric.title}, {place.at(rate)}",
                 )
             )
     if drawn:
         yield Figure(
-            title=f"What moves the difference: {place.title} at {say_rate(rate)} conversations/s",
+            title=f"What moves the difference: {place.at(rate)}",
             help="From one end of each assumption to the other, everything else as in the main "
             f"rows ({place.setting}), where the difference is the dashed line. Green: ConServe is "
             "better; red: the other is.",

@@ -50,10 +50,11 @@ def site_of(context: Context, place: Place) -> Site:
 
 
 def _load(context: Context, place: Place, highest_per_s: float) -> float | None:
-    """The highest load up to a limit, of those that most runs have; else the lowest of these."""
+    """The highest rate up to a limit, of those that most runs have; else the lowest of these."""
     runs = {
         rate: sum(len(context.rows.at(place, label, rate)) for label in context.rows.contenders())
         for rate in context.rows.rates(place)
+        if rate  # what arrives as recorded is neither above nor below the limit
     }
     most = max(runs.values(), default=0)
     common = [rate for rate, count in runs.items() if 2 * count > most]

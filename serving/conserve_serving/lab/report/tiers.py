@@ -74,14 +74,14 @@ def section(
     if missing:
         blocks.append(
             Note(
-                "No goodput without two loads or more that say who met the SLO: "
+                "No goodput without two rates or more that say who met the SLO: "
                 f"{'; '.join(missing)}.",
                 missing=True,
             )
         )
     blocks += _capacity_figures(sites, capacities)
     if uncounted:
-        reasons = "; ".join(f"{where}: {reason}" for where, reason in uncounted.items())
+        reasons = " ".join(f"{at}: {said.removesuffix('.')}." for at, said in uncounted.items())
         blocks.append(Note(f"What each part can carry could not be counted. {reasons}", True))
     return Section(
         id="tiers",
@@ -248,8 +248,8 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
                 [
                     Group(
                         name=site.place.cluster,
-                        values=tuple((_part(found, f), colour(hue)) for _, f, hue in _PARTS),
-                        marks=tuple((_part(found, f), colour(hue)) for _, f, hue in _MARKS),
+                        values=tuple((getattr(found, f), colour(hue)) for _, f, hue in _PARTS),
+                        marks=tuple((getattr(found, f), colour(hue)) for _, f, hue in _MARKS),
                     )
                     for site, found in counted
                 ],
@@ -262,7 +262,7 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
             (
                 Cell(site.place.cluster),
                 Cell(workload),
-                *(Cell(format_number(_part(found, f))) for _, f, _ in (*_PARTS, *_MARKS)),
+                *(Cell(format_number(getattr(found, f))) for _, f, _ in (*_PARTS, *_MARKS)),
             )
             for site, found in counted
         ]
@@ -289,11 +289,5 @@ def _capacity_figures(sites: Sequence[Site], capacities: Capacities) -> Iterator
 
 def _busiest(found: ClusterCapacity) -> float:
     """The most of what is not the link: a fast link would leave no room for the rest."""
-    values = (_part(found, name) for name in ("prefill_per_s", "decode_per_s", "hosting_per_s"))
-    return max((value for value in values if value is not None), default=0.0)
-
-
-def _part(found: ClusterCapacity, field: str) -> float | None:
-    """A capacity; None where the workload has none of that work."""
-    value = float(getattr(found, field))
-    return value if math.isfinite(value) else None
+    values = (found.prefill_per_s, found.decode_per_s, found.hosting_per_s)
+    return max((value for value in values if math.isfinite(value)), default=0.0)

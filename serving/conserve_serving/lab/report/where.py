@@ -20,7 +20,7 @@ from conserve_serving.lab.report.document import (
     Table,
 )
 from conserve_serving.lab.report.metrics import Metric
-from conserve_serving.lab.report.rows import Place, say_rate
+from conserve_serving.lab.report.rows import Place
 from conserve_serving.lab.report.style import PARTS, colour
 from conserve_serving.lab.stats import Estimate
 
@@ -85,13 +85,13 @@ def _figure(context: Context, place: Place, rate_per_s: float) -> Figure | None:
                 draw_stacks(
                     stacks,
                     title=f"{title[0].upper()}{title[1:]}, seconds",
-                    label=f"Where the time goes, {title}, {place.title}, {rate_per_s:g}/s",
+                    label=f"Where the time goes, {title}, {place.at(rate_per_s)}",
                 )
             )
     if not drawn:
         return None
     return Figure(
-        title=f"{place.title} at {say_rate(rate_per_s)} conversations/s",
+        title=place.at(rate_per_s),
         help=str(place.setting),
         panels=tuple(drawn),
         legend=tuple(
