@@ -173,3 +173,39 @@ def test_compare_searches_goodput_and_capacity_and_loads_relative_to_it(
     assert "goodput: at most 5 % miss the TTFET SLO" in said
     assert "capacity: completed under overload" in said
     assert "60 % of each one's capacity" in said
+
+
+def test_arrivals_as_recorded_are_compared_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --rates they were stretched to one a second; a row of `simulate` was no row."""
+    trace = tmp_path / "shop.jsonl"
+    lines = [
+        {
+            "conversation_id": f"c{number}",
+            "turn": turn,
+            "gap_s": 0.5 if turn else 0.0,
+            "arrival_s": 3.0 * number,
+            "input_tokens": 900 + 200 * turn,
+            "new_input_tokens": 900 if not turn else 200,
+            "output_tokens": 60,
+        }
+        for number in range(6)
+        for turn in range(2)
+    ]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, row = tmp_path / "rows.jsonl", tmp_path / "row.json"
+    asked = ["--trace", str(trace), "--arrivals", "recorded", "--conversations", "6"]
+    asked += ["--no-progress"]
+    argv = ["compare", "--policies", "collocated,conserve", "--seeds", "1", *asked]
+    assert run([*argv, "--out", str(rows), "--jobs", "1"]) == 0
+    assert "paper, interference +0 %, recorded arrivals (1 seed)" in capsys.readouterr().out
+    found = list(read_results(rows).values())
+    assert [one["cell"]["workload"]["rate_per_s"] for one in found] == [None, None]
+    assert found[0]["virtual_s"] > 15.0
+
+    assert run(["simulate", "--policy", "oracle", *asked, "--json", str(row)]) == 0
+    assert [one["cell"]["contender"]["label"] for one in read_results(row).values()] == ["oracle"]
+    page = tmp_path / "page.html"
+    assert run(["report", str(rows), str(row), "--html", str(page)]) == 0
+    assert "at recorded arrivals" in page.read_text("utf-8")

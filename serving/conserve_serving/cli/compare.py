@@ -27,6 +27,7 @@ from conserve_serving.lab.contenders import Contender
 from conserve_serving.lab.errors import LabError
 from conserve_serving.lab.goodput import Search, Target, at_rate, search
 from conserve_serving.lab.grid import Grid, Results, Row, failed
+from conserve_serving.lab.workloads import Arrivals
 
 #: Fewer are a transient or a draw of luck, and the command says so.
 _ENOUGH_SEEDS = 12
@@ -43,7 +44,11 @@ _AT_LEAST_ONE = click.IntRange(min=1)
     help="Contenders, see below; all: every one.",
 )
 @click.option("--baseline", help="Whom the others are compared with.  [default: the last one]")
-@click.option("--rates", type=RATES, help="Conversations per second.  [default: 1]")
+@click.option(
+    "--rates",
+    type=RATES,
+    help="Conversations per second.  [default: 1, or as recorded with --arrivals recorded]",
+)
 @click.option(
     "--rates-of-capacity",
     type=RATES,
@@ -122,11 +127,12 @@ def compare(
         setup = Setup.read(options)
         contenders = find_contenders(policies)
         chosen = _baseline(baseline, contenders)
+        usual = None if setup.workload.arrivals is Arrivals.RECORDED else 1.0
         grid = Grid(
             clusters=[setup.cluster(name) for name in clusters],
             contenders=contenders,
             workload=setup.workload,
-            rates_per_s=rates or (() if rates_of_capacity or goodput else (1.0,)),
+            rates_per_s=rates or (() if rates_of_capacity or goodput else (usual,)),
             seeds=range(seeds),
             mixed_slowdowns=[1.0 + share for share in interference],
             links=links or (None,),

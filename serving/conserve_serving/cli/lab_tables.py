@@ -101,9 +101,12 @@ def _point_table(
     cluster, link, slowdown, by_rate, load = point
     seeds = max(map(len, contenders.values()))
     title = place_title(cluster, link, slowdown)
-    title += (
-        f", {load:g} conversations/s" if by_rate else f", {100 * load:g} % of each one's capacity"
-    )
+    if load is None:
+        title += ", recorded arrivals"
+    elif by_rate:
+        title += f", {load:g} conversations/s"
+    else:
+        title += f", {100 * load:g} % of each one's capacity"
     table = bare_table("", *(figure.title for figure in FIGURES), "KV\ntransfers")
     for label, by_seed in contenders.items():
         runs = list(by_seed.values())

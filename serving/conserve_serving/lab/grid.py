@@ -33,6 +33,7 @@ class Grid:
 
     Attributes:
         workload: its rate and seed are replaced by each of ``rates_per_s`` and ``seeds``.
+        rates_per_s: conversations per second; None: recorded arrivals as they were.
         reference: whose idle latency normalises; None: each cluster's own.
         share_of_capacity: a note on the rates, see :class:`Cell`.
     """
@@ -40,7 +41,7 @@ class Grid:
     clusters: Sequence[ClusterSpec]
     contenders: Sequence[Contender]
     workload: WorkloadSpec
-    rates_per_s: Sequence[float]
+    rates_per_s: Sequence[float | None]
     seeds: Sequence[int]
     mixed_slowdowns: Sequence[float] = (1.0,)
     links: Sequence[str | None] = (None,)
@@ -125,7 +126,8 @@ class Results:
 def read_results(path: Path, *, mend: bool = False) -> dict[str, Row]:
     """Rows of a file of JSON lines by key, the latest of equal keys.
 
-    A last line that was cut (the writer was killed) is passed over.
+    A last line that was cut (the writer was killed) is passed over. A file of one row that is
+    spread over lines, as ``conserve simulate --json`` writes it for people, is read as well.
 
     Args:
         path: the file.
@@ -138,6 +140,10 @@ def read_results(path: Path, *, mend: bool = False) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     good = 0
     with path.open("rb") as file:
+        if file.readline().strip() == b"{":
+            row = _parsed(path, 1, path.read_bytes())
+            return {row["key"]: row}
+        file.seek(0)
         for number, line in enumerate(file, 1):
             cut = not line.endswith(b"\n")
             if line.strip() and not cut:
