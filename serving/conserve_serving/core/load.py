@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final, NamedTuple
 
 from conserve_serving.core.growth import AGES, age_of
 
-# Turns of an age whose mean is kept, about; older ones fade.
+# Turns of an age whose mean is kept, about, and conversations whose lengths are; older ones fade.
 _WINDOW: Final = 256
 _KEEP: Final = 1.0 - 1.0 / _WINDOW
 # What is believed before anything was seen counts as so many turns.
@@ -14,12 +15,17 @@ _PRIOR: Final = 2.0
 _PRIOR_FIRST_PROMPT_TOKENS: Final = 8192.0
 # Share of the conversations that have another turn after their first, before any was seen.
 _PRIOR_SHARE: Final = 0.5
+# Of the conversations that come to an age, at most so many are believed to come to the next before
+# any was seen to: they go on for about as many turns again as they have had.
+_PRIOR_PASS: Final = 0.25
 # Some conversation ends at last.
 _MOST: Final = 1.0 - 1e-6
 # No age is looked at that fewer conversations come to.
 _FEW: Final = 1e-4
-# Gaps between two arrivals whose mean is kept, about.
-_GAPS: Final = 64
+# Gaps between arrivals that their rate is taken from.
+_GAPS: Final = 128
+# Arrivals at one instant are no division by zero.
+_INSTANT_S: Final = 1e-6
 
 
 class Turns(NamedTuple):
@@ -44,16 +50,15 @@ class ObservedLoad:
     as a ``LoadView``.
 
     A conversation is the sum over the ages it can be expected to reach: for every number of turns
-    behind them, the share of conversations that had another. So the first minutes count for what
-    they are: conversations that will be long have only not ended yet, and what those that ended
-    first needed says little about them.
+    behind them, the share of conversations that had another (Kaplan and Meier's estimate, by age).
+    So the first minutes count for what they are: conversations that will be long have only not
+    ended yet, and what those that ended first needed says little about them. Those in a long gap
+    between two turns are taken to have ended until they go on.
     """
 
     __slots__ = (
-        "_arrived_s",
+        "_arrivals_s",
         "_first",
-        "_gap_s",
-        "_gaps",
         "_next",
         "_reached",
         "_seen",
@@ -63,9 +68,7 @@ class ObservedLoad:
 
     def __init__(self, output_tokens: int) -> None:
         """Args: output of a turn before any has been seen."""
-        self._arrived_s: float | None = None
-        self._gap_s = 0.0
-        self._gaps = 0
+        self._arrivals_s: deque[float] = deque(maxlen=_GAPS + 1)
         self._first = _PRIOR_FIRST_PROMPT_TOKENS
         prior = Turns(0.0, output_tokens, output_tokens * _PRIOR_FIRST_PROMPT_TOKENS)
         self._turns = [prior] * AGES
@@ -76,14 +79,12 @@ class ObservedLoad:
 
     def arrived(self, now_s: float) -> None:
         """A conversation began."""
-        if self._arrived_s is not None:
-            self._gaps = min(self._gaps + 1, _GAPS)
-            self._gap_s += (now_s - self._arrived_s - self._gap_s) / self._gaps
-        self._arrived_s = now_s
+        self._arrivals_s.append(now_s)
 
     def went_on(self, turns: int) -> None:
         """A conversation with ``turns`` turns behind it has another; to be told once of each."""
         self._next[age_of(turns)] += 1.0
+        self._usual = None
 
     def observe(self, *, turns: int, prompt_tokens: int, new_tokens: int, output: int) -> None:
         """A turn with ``turns`` before it finished.
@@ -105,13 +106,13 @@ class ObservedLoad:
         )
         if not turns:
             self._first += (prompt_tokens - self._first) * weight
-        behind = age_of(turns + 1)
-        self._reached[behind] = self._reached[behind] * _KEEP + 1.0
-        self._next[behind] *= _KEEP
+            self._reached = [count * _KEEP for count in self._reached]
+            self._next = [count * _KEEP for count in self._next]
+        self._reached[age_of(turns + 1)] += 1.0
         self._usual = None
 
     def _conversation(self) -> _Usual:
-        """The sum over ages, until the next turn is observed."""
+        """The sum over ages, until the next turn arrives or finishes."""
         if self._usual is not None:
             return self._usual
         turns = self._turns[0]
@@ -121,12 +122,16 @@ class ObservedLoad:
         for age in range(1, AGES):
             if reach < _FEW:
                 break
-            # Ages that few have reached are believed to go on as those before them did.
+            # Ages that few have reached are believed to go on as those before them did, and not on
+            # and on.
+            turns_of_age = 1 << (age - 1)
+            if age > 1:
+                share = min(share, _PRIOR_PASS ** (1.0 / turns_of_age))
             known = self._next[age] + _PRIOR * share
             share = min(known / (self._reached[age] + _PRIOR), _MOST)
-            if self._seen[age]:
+            if self._seen[age] or age == 1:
                 turns = self._turns[age]
-            gone_on = share ** (1 << (age - 1))
+            gone_on = share**turns_of_age
             expected = reach * share * (1.0 - gone_on) / (1.0 - share)
             tails += expected
             new += expected * turns.new_tokens
@@ -139,7 +144,10 @@ class ObservedLoad:
     @property
     def conversations_per_s(self) -> float:
         """How often conversations begin; 0 before two have."""
-        return 1.0 / self._gap_s if self._gap_s else 0.0
+        gaps = len(self._arrivals_s) - 1
+        if gaps < 1:
+            return 0.0
+        return gaps / max(self._arrivals_s[-1] - self._arrivals_s[0], _INSTANT_S)
 
     @property
     def first_prompt_tokens(self) -> float:

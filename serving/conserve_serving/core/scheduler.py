@@ -237,9 +237,6 @@ class Scheduler:
             self._conversations.open[event.conversation] = conversation
             self._adopt(conversation, event)
         conversation.ended = False
-        if conversation.turns > conversation.went_on:
-            conversation.went_on = conversation.turns
-            self._do.load.went_on(conversation.turns)
         turn = TurnState(
             event.turn,
             conversation,
@@ -260,7 +257,14 @@ class Scheduler:
         elif turn.prompt_tokens >= longest:
             self._reject(turn, Reason.PROMPT_TOO_LONG)
         else:
+            self._note_went_on(conversation)
             self._dispatch(turn)
+
+    def _note_went_on(self, conversation: ConversationState) -> None:
+        """It has another turn: told once for each number of turns behind it."""
+        if conversation.turns > conversation.went_on:
+            conversation.went_on = conversation.turns
+            self._do.load.went_on(conversation.turns)
 
     def _adopt(self, conversation: ConversationState, event: TurnArrived) -> None:
         """Believe where the client says the conversation lived, if that engine still runs."""
@@ -344,6 +348,7 @@ class Scheduler:
         conversation = turn.conversation
         before = conversation.context_tokens
         context = event.prompt_tokens + event.output_tokens
+        self._note_went_on(conversation)  # turns in parallel: none has arrived since one finished
         self._do.load.observe(
             turns=conversation.turns,
             prompt_tokens=event.prompt_tokens,

@@ -52,7 +52,7 @@ class ConversationState:
         self.resident = 0
         self.parked = 0
         self.turns = 0  # turns finished
-        self.went_on = 0  # how many had finished when the latest turn arrived
+        self.went_on = 0  # of how many turns finished it is known that another came
         self.live = 0  # turns that have arrived and not yet ended
         self.active = 0  # those of them that are placed
         self.transfers = 0
