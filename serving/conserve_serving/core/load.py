@@ -28,7 +28,7 @@ _GAPS: Final = 128
 _INSTANT_S: Final = 1e-6
 
 
-class Turns(NamedTuple):
+class _Means(NamedTuple):
     """Means over the turns of an age."""
 
     new_tokens: float
@@ -70,7 +70,7 @@ class ObservedLoad:
         """Args: output of a turn before any has been seen."""
         self._arrivals_s: deque[float] = deque(maxlen=_GAPS + 1)
         self._first = _PRIOR_FIRST_PROMPT_TOKENS
-        prior = Turns(0.0, output_tokens, output_tokens * _PRIOR_FIRST_PROMPT_TOKENS)
+        prior = _Means(0.0, output_tokens, output_tokens * _PRIOR_FIRST_PROMPT_TOKENS)
         self._turns = [prior] * AGES
         self._seen = [0.0] * AGES
         self._reached = [0.0] * AGES  # conversations that had so many turns behind them
@@ -99,7 +99,7 @@ class ObservedLoad:
         seen = self._seen[age] = min(self._seen[age] + 1.0, _WINDOW)
         new, out, read = self._turns[age]
         weight = 1.0 / (seen + _PRIOR) if age < 2 else 1.0 / seen
-        self._turns[age] = Turns(
+        self._turns[age] = _Means(
             new + (new_tokens - new) * weight,
             out + (output - out) * weight,
             read + (output * (prompt_tokens + output / 2) - read) * weight,
