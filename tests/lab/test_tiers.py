@@ -342,6 +342,18 @@ def test_an_slo_that_is_missed_below_a_load_that_keeps_it_is_told() -> None:
     assert found.by_seed[0] > 1.6
 
 
+def test_one_workload_is_said_once() -> None:
+    mixed, equal = judge(dict.fromkeys(LABELS, 1.0), parts=capacity(), equal=1.0)
+    other = replace(equal, place=replace(equal.place, workload="other"))
+    for make in (tier_tables.table, tier_tables.carried, tier_tables.at_loads):
+        one, two = make([mixed, equal]), make([mixed, other])
+        assert "workload" not in one.columns
+        assert one.caption.endswith(mixed.place.workload)
+        assert two.columns[1] == "workload"
+        assert two.rows[-1][1].text == "other"
+        assert mixed.place.workload not in two.caption
+
+
 def test_tables_and_plain_data_have_every_site() -> None:
     sites = judge(dict.fromkeys(LABELS, 1.0), parts=capacity(), equal=1.0)
     for table in (tier_tables.table(sites), tier_tables.carried(sites)):
@@ -349,7 +361,8 @@ def test_tables_and_plain_data_have_every_site() -> None:
         assert all(len(row) == len(table.columns) for row in table.rows)
     loads = tier_tables.at_loads(sites)
     assert len(loads.rows) == sum(len(site.loads) for site in sites) == 2 * 12
-    assert {row[3].text.split(",")[0] for row in loads.rows if row[0].text == "mixed"} <= {
+    ttfet = loads.columns.index("TTFET, p95")
+    assert {row[ttfet].text.split(",")[0] for row in loads.rows if row[0].text == "mixed"} <= {
         f"{label} {word}" for label in LABELS for word in ("wins", "ties", "loses")
     }
     data = json.loads(json.dumps(tier_tables.figures(sites), allow_nan=False))

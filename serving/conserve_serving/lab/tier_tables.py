@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from conserve_serving.lab.report.document import Cell, Note, Table, Tone
@@ -32,7 +33,7 @@ _TONES: Final = {
 
 def table(sites: Sequence[SiteVerdict]) -> Table:
     """The main table: a row for each cluster and workload."""
-    return Table(
+    found = Table(
         caption="Where conversation-level placement wins, ties or loses: the best of ConServe's "
         "contenders against the best other policy",
         columns=(
@@ -59,12 +60,13 @@ def table(sites: Sequence[SiteVerdict]) -> Table:
             }
         ),
     )
+    return _of_one_workload(found, sites)
 
 
 def carried(sites: Sequence[SiteVerdict]) -> Table:
     """Gany and Gf of every contender, with intervals."""
     labels = list(dict.fromkeys(label for site in sites for label in site.goodputs))
-    return Table(
+    found = Table(
         caption="Gany above, Gf below it, conversations/s",
         columns=("cluster", "workload", *labels),
         rows=tuple(
@@ -83,12 +85,13 @@ def carried(sites: Sequence[SiteVerdict]) -> Table:
         ),
         texts=frozenset({"cluster", "workload"}),
     )
+    return _of_one_workload(found, sites)
 
 
 def at_loads(sites: Sequence[SiteVerdict]) -> Table:
     """Latencies and tokens per joule where all run at the same load."""
     titles = [metric.title for metric in METRICS]
-    return Table(
+    found = Table(
         caption="At equal loads: the best of ConServe's contenders against the best other policy",
         columns=("cluster", "workload", "conversations/s", *titles),
         rows=tuple(
@@ -96,12 +99,27 @@ def at_loads(sites: Sequence[SiteVerdict]) -> Table:
                 Cell(site.place.cluster),
                 Cell(site.place.workload),
                 Cell(say_rate(rate)),
-                *(_cell(found.get(metric.name)) for metric in METRICS),
+                *(_cell(at.get(metric.name)) for metric in METRICS),
             )
             for site in sites
-            for rate, found in site.loads.items()
+            for rate, at in site.loads.items()
         ),
         texts=frozenset({"cluster", "workload", *titles}),
+    )
+    return _of_one_workload(found, sites)
+
+
+def _of_one_workload(table: Table, sites: Sequence[SiteVerdict]) -> Table:
+    """Where all rows have one workload, the caption says it: that leaves room for the rest."""
+    workloads = {site.place.workload for site in sites}
+    if len(workloads) != 1:
+        return table
+    at = table.columns.index("workload")
+    return replace(
+        table,
+        caption=f"{table.caption}; {workloads.pop()}",
+        columns=table.columns[:at] + table.columns[at + 1 :],
+        rows=tuple(row[:at] + row[at + 1 :] for row in table.rows),
     )
 
 
