@@ -30,7 +30,8 @@ from conserve_serving.lab.report.context import BOUNDS
 from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.lab.worth import right_sized
 
-#: Ours, and the strongest of those that they have to beat; ``collocated`` takes no notice of speed.
+#: Ours, and the strongest of those that they have to beat: hosting (``collocated`` takes no notice of
+#: speed), per turn, and those that dedicate the strong tier, as ours may.
 CONTENDERS: Final = (
     "conserve",
     "conserve-hosting",
@@ -39,6 +40,9 @@ CONTENDERS: Final = (
     "collocated_speed_override",
     "collocated",
     "per_turn-10-wrong",
+    "per_turn-perfect",
+    "ppd",
+    "deflection",
 )
 #: Name → workload, with as many conversations as make a run of about 1,000 turns.
 WORKLOADS: Final[dict[str, WorkloadSpec]] = {
