@@ -30,8 +30,8 @@ from conserve_serving.lab.report.context import BOUNDS
 from conserve_serving.lab.workloads import WorkloadSpec
 from conserve_serving.lab.worth import right_sized
 
-#: Ours, and the strongest of those that they have to beat: hosting (``collocated`` takes no notice of
-#: speed), per turn, and those that dedicate the strong tier, as ours may.
+#: Ours, and the strongest of those that they have to beat: hosting (``collocated`` takes no notice
+#: of speed), per turn, and those that dedicate the strong tier, as ours may.
 CONTENDERS: Final = (
     "conserve",
     "conserve-hosting",
