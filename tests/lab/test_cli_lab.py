@@ -206,6 +206,11 @@ def test_arrivals_as_recorded_are_compared_and_reported(
 
     assert run(["simulate", "--policy", "oracle", *asked, "--json", str(row)]) == 0
     assert [one["cell"]["contender"]["label"] for one in read_results(row).values()] == ["oracle"]
+    # It is read, and nothing is appended to it: a line after it would make it unreadable.
+    whole = row.read_bytes()
+    assert run([*argv, "--out", str(row), "--resume", "--jobs", "1"]) != 0
+    assert "this is no row" in capsys.readouterr().err
+    assert row.read_bytes() == whole
     page = tmp_path / "page.html"
     assert run(["report", str(rows), str(row), "--html", str(page)]) == 0
     assert "at recorded arrivals" in page.read_text("utf-8")

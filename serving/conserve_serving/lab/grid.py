@@ -127,7 +127,8 @@ def read_results(path: Path, *, mend: bool = False) -> dict[str, Row]:
     """Rows of a file of JSON lines by key, the latest of equal keys.
 
     A last line that was cut (the writer was killed) is passed over. A file of one row that is
-    spread over lines, as ``conserve simulate --json`` writes it for people, is read as well.
+    spread over lines, as ``conserve simulate --json`` writes it for people, is read as well, but
+    not to be gone on with.
 
     Args:
         path: the file.
@@ -140,7 +141,7 @@ def read_results(path: Path, *, mend: bool = False) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     good = 0
     with path.open("rb") as file:
-        if file.readline().strip() == b"{":
+        if not mend and file.readline().strip() == b"{":
             row = _parsed(path, 1, path.read_bytes())
             return {row["key"]: row}
         file.seek(0)
