@@ -52,12 +52,11 @@ _TINY = 1e-9
 
 class Seconds(NamedTuple):
     """One engine's time for one conversation: its first prompt, its appends, its answers at the
-    batch that the KV allows, its first hand-off. Prefill beside decodes, their slow-down in it."""
+    batch that the KV allows. Prefill beside decodes, their slow-down in it."""
 
     first_s: float
     append_s: float
     decode_s: float
-    handoff_s: float
 
     @property
     def tail_s(self) -> float:
@@ -99,7 +98,6 @@ def seconds_for(engine: EngineView, load: LoadView, peers: Sequence[EngineView])
         first_s=first_s + shared_s * load.first_prompt_tokens / _CHUNK_TOKENS,
         append_s=append_s + shared_s * turns,
         decode_s=max(load.output_tokens, 1.0) * full_step_s / batch,
-        handoff_s=engine.handoff_s(load.first_prompt_tokens),
     )
 
 
